@@ -1,0 +1,1 @@
+"""Bytes on disk: the `.sktch` container, its packing and metadata. Needs only numpy."""

@@ -1,0 +1,50 @@
+"""Sketchconv: compress checkpoints into lookup-table sketches and take them anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+if not (_ROOT / "sketchconv" / "kernels").exists() and (_ROOT / "pyproject.toml").exists():
+    # An editable install or a bare checkout: `formats/` and `kernels/` lie beside this folder.
+    __path__.append(str(_ROOT))
+
+if TYPE_CHECKING:
+    from sketchconv.pipeline import convert
+    from sketchconv.recipe import Recipe
+    from sketchconv.runtime.load import load, load_tokenizer
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "__version__", "convert", "load", "load_tokenizer"]
+
+_LAZY = {
+    "Recipe": "sketchconv.recipe",
+    "convert": "sketchconv.pipeline",
+    "load": "sketchconv.runtime.load",
+    "load_tokenizer": "sketchconv.runtime.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that `import sketchconv` stays light."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'sketchconv' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def _register_when_transformers_loads() -> None:
+    """Register the quantizer as soon as `transformers.quantizers` is imported, now or later."""
+    import wrapt
+
+    def register(_module: object) -> None:
+        from sketchconv.runtime.quantizer import register_quantizer
+
+        register_quantizer()
+
+    wrapt.register_post_import_hook(register, "transformers.quantizers")
+
+
+_register_when_transformers_loads()

@@ -1,0 +1,50 @@
+"""Errors: one base class, and one subclass per decision that a caller can take."""
+
+from __future__ import annotations
+
+from sketchconv.formats.errors import FormatError, SketchconvError
+
+__all__ = [
+    "ArchitectureError",
+    "FormatError",
+    "HubError",
+    "LoadError",
+    "OutputError",
+    "PlanError",
+    "RecipeError",
+    "SketchconvError",
+    "SourceError",
+    "WeightError",
+]
+
+
+class SourceError(SketchconvError):
+    """The source cannot be read: missing, truncated, a pickle, an unknown format."""
+
+
+class HubError(SourceError):
+    """The Hugging Face Hub refused or does not know the source."""
+
+
+class ArchitectureError(SourceError):
+    """The model's architecture is unknown, or does not fit the tensors of its checkpoint."""
+
+
+class RecipeError(SketchconvError):
+    """An option or a recipe file asks for something that does not exist."""
+
+
+class PlanError(SketchconvError):
+    """Recipe and model do not fit together; nothing was read or written yet."""
+
+
+class WeightError(SketchconvError):
+    """A weight cannot be compressed: NaN or infinity, or beyond the range of the LUT's dtype."""
+
+
+class OutputError(SketchconvError):
+    """The output cannot be written: it exists, it is the input, or the disk is full."""
+
+
+class LoadError(SketchconvError):
+    """A sketch cannot be turned into a model."""

@@ -1,0 +1,1 @@
+"""Sketches at run time: torch modules, the transformers quantizer, loading, generation."""

@@ -1,0 +1,1 @@
+"""Where weights come from: Hugging Face folders, the Hub, GGUF files."""
