@@ -1,0 +1,36 @@
+# Two commands: `make demo` and `make test`. Each makes its own environment; both are safe to repeat.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/python -P tests/demo.py
+
+test: $(READY) lint
+	$(BIN)/python -P -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(PIP) -e '.[bench]'
+	$(BIN)/python -P tests/bench/bench_solver.py
+	$(BIN)/python -P tests/bench/bench_decode.py
+
+# torch first and alone: the pinned build must not be replaced while other packages resolve.
+$(READY): pyproject.toml tests/constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else f"Python 3.10 or newer is needed, got {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the environment into $(VENV) (a few minutes the first time) ..."
+	$(PIP) torch
+	$(PIP) -e '.[test,lint]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .demo build *.egg-info

@@ -1,0 +1,5 @@
+"""`python -m sketchconv` is the `sketchconv` command."""
+
+from sketchconv.cli.main import run
+
+run()

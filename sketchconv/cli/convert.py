@@ -1,0 +1,98 @@
+"""`sketchconv convert`: checkpoint in, sketch out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import click
+
+from sketchconv.cli.options import SIZE
+from sketchconv.recipe import Recipe, SketchSpec
+from sketchconv.recipe_file import load_recipe
+
+_DTYPES = click.Choice(["F16", "BF16", "F32"], case_sensitive=False)
+_BITS = click.IntRange(1, 8)
+
+
+@click.command("convert")
+@click.argument("src")
+@click.argument("out", type=click.Path())
+@click.option("--bits", type=_BITS, help="Bits per index. [default: 4]")
+@click.option("--groups", type=click.IntRange(1), help="Groups per row. [default: 1]")
+@click.option(
+    "--group-size", type=click.IntRange(1), help="Columns per group, instead of --groups."
+)
+@click.option("--embed-bits", type=_BITS, help="Sketch embeddings and head too, at these bits.")
+@click.option("--lut-dtype", type=_DTYPES, help="Dtype of the LUT entries. [default: F16]")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Sketch only these weights.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Copy these weights.")
+@click.option("--recipe", "recipe_file", type=click.Path(), help="TOML file with overrides.")
+@click.option("--equal-weights", is_flag=True, help="Weigh all columns alike.")
+@click.option("--exact", is_flag=True, help="Solve each group to the global optimum (slower).")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--threads", type=click.IntRange(1), help="Solver threads. [default: all cores]")
+@click.option("--max-memory", type=SIZE, help="Limit on anonymous memory, e.g. 2GB.")
+@click.option("--max-shard-size", type=SIZE, default="5GB", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing sketch.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def command(src: str, out: str, **options: Any) -> None:
+    """Compress the checkpoint SRC into the sketch OUT.
+
+    SRC is a Hugging Face folder, a hub id (org/name) or a .gguf file. OUT is a path that ends in
+    .sktch (one self-contained file) or a folder to make (Hugging Face layout).
+    """
+    from sketchconv.cli.render import print_plan, print_report
+    from sketchconv.job import prepare
+    from sketchconv.pipeline import run
+
+    job = prepare(
+        src,
+        out,
+        _recipe(options),
+        revision=options["revision"],
+        max_memory=options["max_memory"],
+        max_shard_size=options["max_shard_size"],
+        force=options["force"],
+    )
+    if options["dry_run"]:
+        job.source.close()
+        print_plan(job, as_json=options["as_json"])
+        return
+    from sketchconv.cli.progress import show_progress
+
+    with show_progress(quiet=options["quiet"]) as progress:
+        report = run(job, threads=options["threads"], progress=progress)
+    if options["as_json"]:
+        click.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        print_report(report)
+
+
+def _recipe(options: dict[str, Any]) -> Recipe:
+    """Defaults, then the recipe file, then the options of the command line."""
+    if options["groups"] is not None and options["group_size"] is not None:
+        raise click.UsageError("give --groups or --group-size, not both")
+    file = options["recipe_file"]
+    recipe = load_recipe(file) if file is not None else Recipe()
+    changes: dict[str, Any] = {"default": _spec(recipe.default, options)}
+    if options["embed_bits"] is not None:
+        changes["embed_bits"] = options["embed_bits"]
+    if options["equal_weights"]:
+        changes["weighting"] = "equal"
+    if options["exact"]:
+        changes["exact"] = True
+    changes["include"] = (*recipe.include, *options["include"])
+    changes["exclude"] = (*recipe.exclude, *options["exclude"])
+    return dataclasses.replace(recipe, **changes)
+
+
+def _spec(spec: SketchSpec, options: dict[str, Any]) -> SketchSpec:
+    fields = ("bits", "groups", "group_size", "lut_dtype")
+    changes = {field: options[field] for field in fields if options[field] is not None}
+    if options["groups"] is not None:
+        changes["group_size"] = None
+    return dataclasses.replace(spec, **changes)

@@ -1,0 +1,49 @@
+"""`sketchconv generate`: stream text from a sketched language model."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+
+@click.command("generate")
+@click.argument("model", type=click.Path())
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="0 always takes the most likely token.",
+)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
+@click.option("--chat/--no-chat", default=None, help="Use the chat template. [default: if any]")
+@click.option("--system", help="System message of the chat.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+def command(model: str, prompt: str, *, threads: int | None, **options: Any) -> None:
+    """Continue PROMPT with the sketched MODEL (a .sktch file or a folder)."""
+    from sketchconv.runtime.generate import stream
+    from sketchconv.runtime.load import load, load_tokenizer, set_threads
+
+    if threads is not None:
+        set_threads(threads)
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(model)
+    network = load(model)
+    loaded = time.perf_counter()
+    text = ""
+    for piece in stream(network, tokenizer, prompt, **options):
+        text += piece
+        click.echo(piece, nl=False)
+    click.echo()
+    count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    seconds = time.perf_counter() - loaded
+    click.echo(
+        f"loaded in {loaded - started:.1f} s; {count} tokens in {seconds:.1f} s "
+        f"({count / max(seconds, 1e-9):.1f} tokens/s, prompt included)",
+        err=True,
+    )

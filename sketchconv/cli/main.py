@@ -1,0 +1,84 @@
+"""The `sketchconv` command: its group, its error handling, its exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from importlib import import_module
+from types import FrameType
+from typing import Any
+
+import click
+
+from sketchconv import __version__
+from sketchconv.errors import SketchconvError
+
+# name -> module, attribute, one line of help: commands are imported when they are used.
+_COMMANDS = {
+    "convert": ("sketchconv.cli.convert", "Compress a checkpoint into a sketch."),
+    "inspect": ("sketchconv.cli.inspect", "Show what a model file or folder holds."),
+    "verify": ("sketchconv.cli.verify", "Check every digest and every rule of a sketch."),
+    "generate": ("sketchconv.cli.generate", "Write text with a sketched language model."),
+}
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command's module only to run it or to show its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = import_module(_COMMANDS[cmd_name][0]).command
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{_COMMANDS[cmd_name][0]}.command is not a click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SketchconvError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sketchconv")
+def cli() -> None:
+    """Compress models into lookup-table sketches, inspect, verify and run them."""
+
+
+def run() -> None:
+    """Entry point: run the command line and exit with its code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted: nothing was left behind.", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone (for instance `| head`); point stdout at nothing so
+        # that the interpreter's own flush at exit stays silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_ERROR)
+    except MemoryError:
+        click.echo("Error: out of memory; try --max-memory or a machine with more", err=True)
+        sys.exit(EXIT_ERROR)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,81 @@
+"""Progress on stderr: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sketchconv.pipeline import Progress, ProgressCallback
+
+_LINE_EVERY_SECONDS = 5.0
+
+
+@contextmanager
+def show_progress(*, quiet: bool) -> Iterator[ProgressCallback | None]:
+    """A callback for `convert` that draws its progress until the block ends."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar() as callback:
+            yield callback
+    else:
+        yield _Lines()
+
+
+@contextmanager
+def _bar() -> Iterator[ProgressCallback]:
+    from rich import progress as rp
+    from rich.console import Console
+
+    columns = (
+        rp.TextColumn("{task.description}"),
+        rp.BarColumn(),
+        rp.TaskProgressColumn(),
+        rp.TextColumn("{task.fields[rate]}"),
+        rp.TimeRemainingColumn(),
+    )
+    started = time.perf_counter()
+    with rp.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("reading", total=None, rate="")
+
+        def update(event: Progress) -> None:
+            rate = _rate(event.done, time.perf_counter() - started)
+            bar.update(
+                task, total=event.total, completed=event.done, description=event.name, rate=rate
+            )
+
+        yield update
+
+
+class _Lines:
+    """One line every few seconds, and one at the end: for logs."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._last = 0.0
+
+    def __call__(self, event: Progress) -> None:
+        """Print a line when one is due."""
+        now = time.perf_counter()
+        if now - self._last < _LINE_EVERY_SECONDS and event.done < event.total:
+            return
+        self._last = now
+        elapsed = now - self._started
+        left = elapsed * (event.total - event.done) / max(1, event.done)
+        share = 100 * event.done / max(1, event.total)
+        sys.stderr.write(
+            f"{share:5.1f} %  {_rate(event.done, elapsed)}  ETA {_clock(left)}  {event.name}\n"
+        )
+        sys.stderr.flush()
+
+
+def _rate(done: int, seconds: float) -> str:
+    return f"{done / max(seconds, 1e-9) / 1e6:6.1f} M weights/s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

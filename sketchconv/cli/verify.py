@@ -1,0 +1,29 @@
+"""`sketchconv verify`: every digest and every rule; optionally the errors against the source."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+
+@click.command("verify")
+@click.argument("path", type=click.Path())
+@click.option("--against", metavar="SRC", help="Recompute the errors against this source.")
+@click.option("--revision", help="Branch, tag or commit of a hub id given to --against.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def command(path: str, *, against: str | None, revision: str | None, as_json: bool) -> None:
+    """Check the sketch at PATH; exit with 1 if anything is wrong."""
+    from sketchconv.verify import verify
+
+    result = verify(path, against=against, revision=revision)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2))
+    else:
+        for finding in result.findings:
+            click.echo(f"FAILED {finding}")
+        for line in result.lines():
+            click.echo(line)
+    if result.findings:
+        sys.exit(1)

@@ -1,0 +1,223 @@
+"""A conversion that has been checked from metadata and can start: source, plan, sizes, target."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sketchconv.chunks import row_bytes
+from sketchconv.errors import OutputError, SourceError
+from sketchconv.memory import chunk_budget
+from sketchconv.plan import Plan
+from sketchconv.recipe import Recipe
+
+if TYPE_CHECKING:
+    from sketchconv.architecture import ModelMap
+    from sketchconv.formats.writer import Draft, Writer
+    from sketchconv.moments import Moments
+    from sketchconv.sources.base import Source
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_OTHER_FORMATS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ggml", ".onnx")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that is known of a conversion before the first weight is read."""
+
+    source: Source
+    output: Path
+    recipe: Recipe
+    plan: Plan
+    moments: Moments
+    draft: Draft
+    files: Mapping[str, bytes]
+    sizes: Mapping[str, int]
+    budget: int
+    max_shard_size: int
+    overwrite: bool
+
+    @property
+    def bundle(self) -> bool:
+        """Whether the output is one self-contained file rather than a folder."""
+        return self.output.suffix == ".sktch"
+
+    @property
+    def output_bytes(self) -> int:
+        """Exact bytes on disk of the finished output."""
+        return sum(self.sizes.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Working memory for the largest chunk: bounded by the budget, but never below one row."""
+        steps = [s for s in self.plan.steps if s.action in ("sketch", "copy")]
+        whole = [row_bytes(s) * (s.info.shape[0] if s.info.shape else 1) for s in steps]
+        one_row = [row_bytes(s) for s in steps]
+        return max(min(self.budget, max(whole, default=0)), max(one_row, default=0))
+
+    def writer(self) -> Writer:
+        """Open the output for writing, as a temporary beside it."""
+        from sketchconv.formats.writer import BundleWriter, FolderWriter
+
+        if self.bundle:
+            return BundleWriter(self.output, self.draft, self.files, overwrite=self.overwrite)
+        return FolderWriter(
+            self.output, self.draft, self.files, self.max_shard_size, overwrite=self.overwrite
+        )
+
+
+def prepare(
+    src: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    max_memory: int | None = None,
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+) -> Job:
+    """Open the source and decide everything that can be decided from metadata.
+
+    Raises:
+        SketchconvError: the source, the recipe and the output do not fit together; nothing
+            has been written.
+    """
+    from sketchconv.architecture import map_model
+    from sketchconv.planner import make_plan
+    from sketchconv.sources.open import open_source
+
+    output = Path(out)
+    _check_suffix(output)
+    source = open_source(str(src), revision=revision)
+    try:
+        _check_output(output, source, force=force)
+        config = source.config()
+        model = map_model(config, source.infos)
+        plan = make_plan(source.infos, model, recipe, equal_tensors=equal_ties(source, model))
+        moments = _moments(source, config, recipe)
+        draft = _draft(source, plan, recipe, moments)
+        files = _with_config(source.files(), config, recipe)
+        sizes = _sizes(output, draft, files, max_shard_size)
+        budget = chunk_budget(max_memory)
+    except BaseException:
+        source.close()
+        raise
+    return Job(
+        source, output, recipe, plan, moments, draft, files, sizes, budget, max_shard_size, force
+    )
+
+
+def check_free_disk(job: Job) -> None:
+    """Refuse to start what cannot finish.
+
+    Raises:
+        OutputError: the folder of the output has less room than the output needs.
+    """
+    parent = job.output.absolute().parent
+    try:
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise OutputError(f"{parent}: cannot write there: {error.strerror}") from None
+    if free < job.output_bytes:
+        raise OutputError(
+            f"{job.output}: needs {job.output_bytes:,} bytes, the disk has {free:,} free; "
+            f"{job.output_bytes - free:,} are missing"
+        )
+
+
+def equal_ties(source: Source, model: ModelMap) -> dict[str, str]:
+    """Tied weights that the source stores twice with equal bytes: name -> the one to keep."""
+    return {
+        name: kept
+        for name, kept in model.ties.items()
+        if name in source.infos and kept in source.infos and _same_bytes(source, name, kept)
+    }
+
+
+def _same_bytes(source: Source, first: str, second: str) -> bool:
+    a, b = source.infos[first], source.infos[second]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    rows = a.shape[0] if a.shape else 1
+    step = max(1, (16 << 20) * rows // max(1, a.nbytes))
+    return all(
+        source.rows(first, r, min(r + step, rows)) == source.rows(second, r, min(r + step, rows))
+        for r in range(0, rows, step)
+    )
+
+
+def _check_suffix(output: Path) -> None:
+    if output.suffix.lower() in _OTHER_FORMATS:
+        raise OutputError(
+            f"{output}: writing {output.suffix} is not supported; "
+            "name a .sktch file or a folder without that suffix"
+        )
+
+
+def _check_output(output: Path, source: Source, *, force: bool) -> None:
+    target = output.resolve()
+    for path in source.paths:
+        origin = path.resolve()
+        if target == origin or origin in target.parents or target in origin.parents:
+            raise OutputError(
+                f"{output}: the output would overwrite the source {path}; choose another place"
+            )
+    if output.exists() and not force:
+        raise OutputError(f"{output}: exists already; pass --force to replace it")
+    if not output.absolute().parent.is_dir():
+        raise OutputError(f"{output.absolute().parent}: no such folder; create it first")
+
+
+def _moments(source: Source, config: Mapping[str, Any], recipe: Recipe) -> Moments:
+    from sketchconv.moments import equal_weights, make_moments
+
+    if recipe.weighting == "equal":
+        return equal_weights("asked for by the recipe")
+    return make_moments(config, source.infos)
+
+
+def _draft(source: Source, plan: Plan, recipe: Recipe, moments: Moments) -> Draft:
+    from sketchconv import __version__
+    from sketchconv.formats.writer import Draft
+
+    return Draft(
+        sketches=plan.sketches,
+        plain=plan.plain,
+        aliases=plan.aliases,
+        recipe={**recipe.to_json(), "column_weights": moments.description},
+        source={"id": source.id, "revision": source.revision, "format": source.format},
+        tool=f"sketchconv {__version__}",
+    )
+
+
+def _with_config(
+    files: Mapping[str, bytes], config: Mapping[str, Any], recipe: Recipe
+) -> dict[str, bytes]:
+    """The source's files with a config.json that names our quantizer."""
+    if "config.json" not in files:
+        raise SourceError("the source has no config.json, so no one could load the result")
+    spec = recipe.default
+    quantization = {
+        "quant_method": "sktch",
+        "format": "1.0",
+        "bits": spec.bits,
+        "groups": None if spec.group_size is not None else spec.groups,
+        "group_size": spec.group_size,
+    }
+    merged = {**config, "quantization_config": quantization}
+    text = json.dumps(merged, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return {**files, "config.json": text.encode("utf-8")}
+
+
+def _sizes(
+    output: Path, draft: Draft, files: Mapping[str, bytes], max_shard_size: int
+) -> dict[str, int]:
+    from sketchconv.formats.writer import bundle_size, folder_sizes
+
+    if output.suffix == ".sktch":
+        return {output.name: bundle_size(draft, files)}
+    return dict(folder_sizes(draft, files, max_shard_size))

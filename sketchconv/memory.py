@@ -1,0 +1,73 @@
+"""How much memory this process holds, and how much of it a conversion may use for its chunks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sketchconv.errors import PlanError
+
+DEFAULT_CHUNK_BYTES = 256 << 20
+MIN_CHUNK_BYTES = 16 << 20
+# Assumed where the system does not tell: Python, NumPy, Numba and torch after import.
+_TYPICAL_BASELINE = 450 << 20
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", start=1)},
+    **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", start=1)},
+    **{p: 1024**i for i, p in enumerate("KMGT", start=1)},
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as ``5GB`` (decimal), ``512MiB`` or ``2G`` (binary).
+
+    >>> parse_size("1.5GB")
+    1500000000
+
+    Raises:
+        ValueError: not a number followed by a known unit, or not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"not a size: {text!r}; write for instance 5GB, 512MiB or 2G")
+    size = int(float(match.group(1)) * unit)
+    if size < 1:
+        raise ValueError(f"a size must be at least one byte, got {text!r}")
+    return size
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process in bytes (what cannot be dropped like file pages)."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return _TYPICAL_BASELINE
+    match = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+    return int(match.group(1)) * 1024 if match else _TYPICAL_BASELINE
+
+
+def chunk_budget(max_memory: int | None) -> int:
+    """Bytes that one row chunk and its results may take.
+
+    Args:
+        max_memory: limit on the anonymous memory of the process in bytes, or None.
+
+    Raises:
+        PlanError: the limit leaves too little beside what is already in use.
+    """
+    if max_memory is None:
+        return DEFAULT_CHUNK_BYTES
+    used = anonymous_bytes()
+    # A tenth stays free for the solver's scratch and the allocator.
+    budget = (max_memory - used) * 9 // 10
+    if budget < MIN_CHUNK_BYTES:
+        needed = used + MIN_CHUNK_BYTES * 10 // 9 + 1
+        raise PlanError(
+            f"--max-memory {max_memory:,} bytes is too little: {used:,} are in use before the "
+            f"first weight, so at least {needed:,} are needed"
+        )
+    return min(budget, DEFAULT_CHUNK_BYTES)

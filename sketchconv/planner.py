@@ -1,0 +1,195 @@
+"""The planner: source metadata and a recipe in, a plan out; pure, and complete before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from sketchconv.architecture import ModelMap
+from sketchconv.errors import PlanError
+from sketchconv.formats.manifest import SketchRecord
+from sketchconv.formats.tensors import TensorInfo
+from sketchconv.plan import Coverage, Plan, Role, Step
+from sketchconv.recipe import Recipe, SketchSpec, matches
+
+MIN_COVERAGE = 0.95
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def make_plan(
+    infos: Mapping[str, TensorInfo],
+    model: ModelMap,
+    recipe: Recipe,
+    *,
+    equal_tensors: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decide every tensor's fate.
+
+    Args:
+        infos: the source's tensors.
+        model: what the architecture says of them.
+        recipe: what the user wants.
+        equal_tensors: stored tied weights whose bytes were found equal: name -> the one to keep.
+
+    Raises:
+        PlanError: groups do not divide a row, a pattern names nothing, the coverage is too low.
+    """
+    _check_patterns(infos, recipe)
+    duplicates = dict(equal_tensors or {})
+    planner = _Planner(model, recipe, duplicates)
+    steps = tuple(planner.step(info) for info in infos.values())
+    if planner.indivisible:
+        raise PlanError(_indivisible_message(planner.indivisible))
+    coverage = _coverage(steps, model)
+    _check_coverage(coverage, steps, model)
+    aliases = {**{k: v for k, v in model.aliases.items() if v in infos}, **duplicates}
+    return Plan(steps, aliases, coverage, tuple(_notes(steps)))
+
+
+class _Planner:
+    """Decides one tensor at a time, and collects the rows that cannot be divided into groups."""
+
+    def __init__(self, model: ModelMap, recipe: Recipe, duplicates: Mapping[str, str]) -> None:
+        self.recipe = recipe
+        self.duplicates = duplicates
+        self.transposed = frozenset(model.transposed)
+        self.roles: dict[str, Role] = {
+            **dict.fromkeys(model.embeddings, "embedding"),
+            **dict.fromkeys(model.heads, "head"),
+            **dict.fromkeys(model.linears, "linear"),
+        }
+        self.indivisible: list[tuple[str, int, SketchSpec]] = []
+
+    def step(self, info: TensorInfo) -> Step:
+        role = self.roles.get(info.name, "other")
+        if info.name in self.duplicates:
+            reason = f"the same bytes as {self.duplicates[info.name]}"
+            return Step(info, "alias", reason, role)
+        override = self.recipe.override_for(info.name)
+        if override is not None and override.action == "drop":
+            return Step(info, "drop", f"recipe: {override.match}", role, by_user=True)
+        reason = self._cannot_sketch(info, role)
+        if reason is not None:
+            return _copy(info, role, reason)
+        reason = self._not_wanted(info.name)
+        if reason is not None:
+            return _copy(info, role, reason, by_user=True)
+        if role != "linear" and self.recipe.embed_bits is None and not self._asked_for(info.name):
+            return _copy(info, role, f"{role}: copied unless --embed-bits is given")
+        return self._sketch(info, role)
+
+    def _cannot_sketch(self, info: TensorInfo, role: Role) -> str | None:
+        if role == "other":
+            return "not the weight of a linear or embedding module"
+        if info.name in self.transposed:
+            return "stored transposed (Conv1D), which a sketch cannot hold yet"
+        if info.dtype not in _FLOATS or len(info.shape) != 2 or not info.name.endswith(".weight"):
+            return f"not a 2-D floating-point weight: {info.dtype} {list(info.shape)}"
+        return None
+
+    def _not_wanted(self, name: str) -> str | None:
+        """Why the user keeps this weight dense; an override decides before the filters."""
+        override = self.recipe.override_for(name)
+        if override is not None and override.action is not None:
+            return f"recipe: {override.match}" if override.action == "copy" else None
+        excluded = next((p for p in self.recipe.exclude if matches(p, name)), None)
+        if excluded is not None:
+            return f"excluded: {excluded}"
+        if self.recipe.include and not any(matches(p, name) for p in self.recipe.include):
+            return "not included"
+        return None
+
+    def _asked_for(self, name: str) -> bool:
+        """Whether the user named this embedding or head to be sketched."""
+        override = self.recipe.override_for(name)
+        by_override = override is not None and (
+            override.action == "sketch" or override.bits is not None
+        )
+        return by_override or any(matches(p, name) for p in self.recipe.include)
+
+    def _sketch(self, info: TensorInfo, role: Role) -> Step:
+        spec = self.recipe.spec_for(info.name, embedding=role != "linear")
+        rows, columns = info.shape
+        groups = spec.groups_for(columns)
+        if groups is None:
+            self.indivisible.append((info.name, columns, spec))
+            return _copy(info, role, "groups do not divide the row")
+        record = SketchRecord(
+            name=info.name,
+            shape=(rows, columns),
+            dtype=info.dtype,
+            bits=spec.bits,
+            groups=groups,
+            lut_dtype=spec.lut_dtype,
+        )
+        nbytes = record.index_info.nbytes + record.lut_info.nbytes
+        if nbytes >= info.nbytes:
+            reason = f"a sketch would not be smaller: {nbytes:,} bytes for {info.nbytes:,}"
+            return _copy(info, role, reason)
+        reason = f"{spec.bits} bits, {groups} group{'s' if groups > 1 else ''} per row"
+        return Step(info, "sketch", reason, role, record=record, nbytes=nbytes)
+
+
+def _copy(info: TensorInfo, role: Role, reason: str, *, by_user: bool = False) -> Step:
+    return Step(info, "copy", reason, role, by_user=by_user, nbytes=info.nbytes)
+
+
+def _check_patterns(infos: Mapping[str, TensorInfo], recipe: Recipe) -> None:
+    for pattern in recipe.patterns():
+        if not any(matches(pattern, name) for name in infos):
+            example = next((n for n in infos if n.endswith(".weight")), next(iter(infos), "none"))
+            raise PlanError(
+                f"pattern {pattern!r} names no tensor of the source; names look like {example!r}"
+            )
+
+
+def _indivisible_message(found: Sequence[tuple[str, int, SketchSpec]]) -> str:
+    name, columns, spec = found[0]
+    asked = (
+        f"groups of {spec.group_size} columns"
+        if spec.group_size is not None
+        else f"{spec.groups} groups per row"
+    )
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return (
+        f"{name}{more}: {asked} do not divide its rows of {columns} columns; "
+        "choose a divisor of every row length, or set an override for this weight"
+    )
+
+
+def _coverage(steps: Sequence[Step], model: ModelMap) -> Coverage:
+    linears = [step for step in steps if step.role == "linear"]
+    kept = [step for step in linears if not step.by_user]
+    unsupported = sum(model.unsupported.values())
+    return Coverage(
+        sketched=sum(step.parameters for step in kept if step.action == "sketch"),
+        eligible=sum(step.parameters for step in kept) + unsupported,
+    )
+
+
+def _check_coverage(coverage: Coverage, steps: Sequence[Step], model: ModelMap) -> None:
+    if coverage.fraction >= MIN_COVERAGE:
+        return
+    left = [step for step in steps if step.role == "linear" and step.action == "copy"]
+    example = f"{left[0].name}: {left[0].reason}" if left else next(iter(model.unsupported), "")
+    raise PlanError(
+        f"only {coverage.sketched:,} of {coverage.eligible:,} linear parameters "
+        f"({100 * coverage.fraction:.1f} %) would be sketched, at least {100 * MIN_COVERAGE:.0f} % "
+        f"are required; for instance {example}; exclude by name what is to stay dense"
+    )
+
+
+def _notes(steps: Sequence[Step]) -> list[str]:
+    """Hints that a user would want before an overnight run."""
+    notes = []
+    for role in ("embedding", "head", "linear"):
+        records = [s.record for s in steps if s.role == role and s.record is not None]
+        luts = sum(r.lut_info.nbytes for r in records)
+        total = luts + sum(r.index_info.nbytes for r in records)
+        if records and 3 * luts > total:
+            weights = sum(math.prod(r.shape) for r in records)
+            notes.append(
+                f"{role}: LUTs take {luts:,} of {total:,} bytes "
+                f"({8 * total / weights:.2f} bits per weight); fewer bits or groups save more"
+            )
+    return notes

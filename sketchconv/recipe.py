@@ -1,0 +1,156 @@
+"""What to compress and how: defaults and per-pattern overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from sketchconv.errors import RecipeError
+
+Action = Literal["sketch", "copy", "drop"]
+Weighting = Literal["moments", "equal"]
+LutDtype = Literal["F16", "BF16", "F32"]
+
+
+def _check_int(field: str, value: object, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise RecipeError(f"{field} must be an integer of at least {low}, got {value!r}")
+    if high is not None and value > high:
+        raise RecipeError(f"{field} must be between {low} and {high}, got {value}")
+
+
+def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RecipeError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a shell-style pattern names a tensor, with or without its ``.weight`` suffix.
+
+    >>> matches("*.down_proj", "model.layers.0.mlp.down_proj.weight")
+    True
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)
+
+
+@dataclass(frozen=True, slots=True)
+class SketchSpec:
+    """How one weight matrix is sketched.
+
+    Args:
+        bits: index width, 1 to 8; every LUT has ``2**bits`` entries.
+        groups: groups per row (GPR in the paper); ignored when `group_size` is given.
+        group_size: columns per group; must divide the row.
+        lut_dtype: dtype of the stored LUT entries.
+    """
+
+    bits: int = 4
+    groups: int = 1
+    group_size: int | None = None
+    lut_dtype: LutDtype = "F16"
+
+    def __post_init__(self) -> None:
+        _check_int("bits", self.bits, 1, 8)
+        _check_int("groups", self.groups, 1, None)
+        if self.group_size is not None:
+            _check_int("group_size", self.group_size, 1, None)
+        _check_choice("lut_dtype", self.lut_dtype, get_args(LutDtype))
+
+    def groups_for(self, columns: int) -> int | None:
+        """Groups per row for rows of `columns` weights, or None if they do not divide evenly."""
+        if self.group_size is not None:
+            return columns // self.group_size if columns % self.group_size == 0 else None
+        return self.groups if columns % self.groups == 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Settings for the weights that `match` names; None inherits. The last match wins."""
+
+    match: str
+    action: Action | None = None
+    bits: int | None = None
+    groups: int | None = None
+    group_size: int | None = None
+    lut_dtype: LutDtype | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.match, str) or not self.match:
+            raise RecipeError(
+                f"override: match must be a pattern of tensor names, got {self.match!r}"
+            )
+        if self.action is not None:
+            _check_choice("action", self.action, get_args(Action))
+        if self.groups is not None and self.group_size is not None:
+            raise RecipeError(f"override {self.match!r}: give groups or group_size, not both")
+        self.applied(SketchSpec())
+
+    def applied(self, spec: SketchSpec) -> SketchSpec:
+        """The spec with this override's settings in place of its own."""
+        fields = ("bits", "groups", "group_size", "lut_dtype")
+        changes = {f: getattr(self, f) for f in fields if getattr(self, f) is not None}
+        if self.groups is not None:
+            changes["group_size"] = None
+        return dataclasses.replace(spec, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides the bytes of a sketch, besides the source itself.
+
+    Args:
+        default: spec of every linear weight.
+        embed_bits: index width for embeddings and the output head; None copies them.
+        weighting: ``"moments"`` weighs columns by second moments propagated through the network
+            without data where the architecture is known; ``"equal"`` never does.
+        exact: solve every group to the global optimum (slower) instead of within about 0.2 %.
+        include: if given, only weights that one of these patterns names are sketched.
+        exclude: weights that one of these patterns names are copied.
+        overrides: per-pattern settings, the last match wins.
+    """
+
+    default: SketchSpec = SketchSpec()
+    embed_bits: int | None = None
+    weighting: Weighting = "moments"
+    exact: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.embed_bits is not None:
+            _check_int("embed_bits", self.embed_bits, 1, 8)
+        _check_choice("weighting", self.weighting, get_args(Weighting))
+        if not isinstance(self.exact, bool):
+            raise RecipeError(f"exact must be true or false, got {self.exact!r}")
+
+    def patterns(self) -> tuple[str, ...]:
+        """Every pattern of the recipe, so that one that names nothing can be reported."""
+        return (*self.include, *self.exclude, *(o.match for o in self.overrides))
+
+    def override_for(self, name: str) -> Override | None:
+        """The override that decides for `name`: the last whose pattern matches."""
+        return next((o for o in reversed(self.overrides) if matches(o.match, name)), None)
+
+    def spec_for(self, name: str, *, embedding: bool) -> SketchSpec:
+        """The spec of one weight; embeddings and heads start from `embed_bits`."""
+        spec = self.default
+        if embedding and self.embed_bits is not None:
+            spec = dataclasses.replace(spec, bits=self.embed_bits)
+        override = self.override_for(name)
+        return spec if override is None else override.applied(spec)
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain JSON values, for a sketch's metadata."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
