@@ -1,0 +1,65 @@
+"""`sketchconv inspect`: what a model file or folder holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from sketchconv.summary import Summary, TensorRow
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path())
+@click.option("--all", "every", is_flag=True, help="One line per tensor instead of per kind.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout.")
+def command(path: str, *, every: bool, as_json: bool) -> None:
+    """Show what PATH holds: a .sktch, .safetensors or .gguf file, or a folder of them."""
+    from sketchconv.summary import fold_layers, summarise
+
+    summary = summarise(path)
+    if as_json:
+        click.echo(json.dumps(summary.to_json(), indent=2))
+        return
+    _print_facts(summary)
+    _print_tensors(summary.rows if every else fold_layers(summary.rows))
+
+
+def _print_facts(summary: Summary) -> None:
+    from sketchconv.cli.render import human_bytes, print_table
+
+    rows = [
+        *summary.facts,
+        ("size", f"{summary.nbytes:,} bytes ({human_bytes(summary.nbytes)})"),
+        ("parameters", f"{summary.parameters:,}"),
+        ("bits per weight", f"{summary.bits_per_weight:.3f} all-in"),
+    ]
+    print_table(summary.path, rows)
+
+
+def _print_tensors(rows: Sequence[TensorRow]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from sketchconv.cli.render import human_bytes, print_rich
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("tensor", overflow="fold")
+    for title in ("count", "stored as", "dtype", "shape", "bits", "groups", "size", "worst error"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            str(row.count),
+            row.storage,
+            row.dtype,
+            "x".join(map(str, row.shape)),
+            "" if row.bits is None else str(row.bits),
+            "" if row.groups is None else str(row.groups),
+            human_bytes(row.nbytes),
+            "" if row.error is None else f"{row.error:.5f}",
+        )
+    print_rich(table)
