@@ -1,0 +1,84 @@
+"""Open what the user names: a Hugging Face folder, a GGUF file or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sketchconv.errors import SourceError
+from sketchconv.sources.base import Source
+from sketchconv.sources.checkpoint import CheckpointSource
+from sketchconv.sources.hub import download, is_hub_id
+from sketchconv.sources.sniff import refuse_impostor
+
+_PATH_PREFIXES = ("/", "./", "../", "~")
+_FILE_SUFFIXES = (".gguf", ".safetensors", ".sktch", ".bin", ".pt", ".pth", ".ckpt", ".json")
+
+
+def open_source(spec: str, *, revision: str | None = None, token: str | None = None) -> Source:
+    """Open a source by what its name says; only metadata is read.
+
+    An existing path wins over a hub id of the same name. A text that cannot be a hub id, such as
+    one that begins with `./` or has two slashes, is always a path.
+
+    Args:
+        spec: a folder, a `.gguf` file, or `org/name` on the Hub.
+        revision: branch, tag or commit on the Hub.
+        token: access token for the Hub; by default the one that `hf auth login` stored.
+
+    Raises:
+        SourceError: nothing there, or nothing that can be converted; one line that says why.
+        HubError: the Hub refused.
+        ArchitectureError: a GGUF architecture that is not supported.
+        FormatError: a weight file is not valid safetensors.
+    """
+    path = Path(spec).expanduser()
+    if _exists(path):
+        if revision is not None:
+            raise SourceError(f"{spec}: a revision can be chosen only on the Hub, not for a path")
+        return CheckpointSource(path) if path.is_dir() else _open_file(path)
+    if _looks_like_path(spec):
+        raise SourceError(f"{spec}: no such file or folder")
+    if not is_hub_id(spec):
+        raise SourceError(
+            f"{spec!r}: no such file or folder here, and not a hub id of the form org/name"
+        )
+    snapshot = download(spec, revision=revision, token=token)
+    return CheckpointSource(snapshot.path, id=spec, revision=snapshot.revision)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _looks_like_path(spec: str) -> bool:
+    return (
+        spec.startswith(_PATH_PREFIXES)
+        or spec in (".", "..")
+        or spec.count("/") > 1
+        or "\\" in spec
+        or spec.endswith(_FILE_SUFFIXES)
+    )
+
+
+def _open_file(path: Path) -> Source:
+    if not path.is_file():
+        raise SourceError(f"{path.name}: neither a folder nor a regular file")
+    suffix = path.suffix.lower()
+    if suffix == ".gguf":
+        from sketchconv.sources.gguf import GgufSource
+
+        return GgufSource(path)
+    if suffix == ".sktch":
+        raise SourceError(
+            f"{path.name}: already a sketch; inspect, verify or load it, or convert the dense model"
+        )
+    refuse_impostor(path, path.name)
+    if suffix == ".safetensors":
+        raise SourceError(
+            f"{path.name}: weights alone are not a model; give the folder that also holds"
+            " config.json"
+        )
+    raise SourceError(f"{path.name}: expected a model folder, a .gguf file or a hub id (org/name)")

@@ -1,0 +1,65 @@
+"""First bytes of a weight file: tell a pickle, a pointer or a web page from safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sketchconv.errors import SourceError
+
+_HEAD = 64
+_TO_SAFETENSORS = (
+    "pickles run code when loaded and are never opened; save it again with"
+    " `model.save_pretrained(folder)`, or take the repository's safetensors revision"
+)
+_IMPOSTORS: tuple[tuple[bytes, str], ...] = (
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the weights; run `git lfs pull`, or `hf download` the model",
+    ),
+    (b"PK\x03\x04", f"a ZIP archive, as PyTorch's pickles are; {_TO_SAFETENSORS}"),
+    (b"\x80\x02", f"a pickle; {_TO_SAFETENSORS}"),
+    (b"\x80\x03", f"a pickle; {_TO_SAFETENSORS}"),
+    (b"\x80\x04", f"a pickle; {_TO_SAFETENSORS}"),
+    (b"\x80\x05", f"a pickle; {_TO_SAFETENSORS}"),
+    (b"GGUF", "a GGUF file; give that file itself, ending in .gguf, as the source"),
+    (b"\x7fELF", "a program, not weights; download the file again"),
+    (b"%PDF", "a PDF, not weights; download the file again"),
+)
+_WEB = (b"<!doctype", b"<html", b"<?xml")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def refuse_impostor(path: Path, label: str) -> None:
+    """Raise if the file's first bytes are those of something else than safetensors.
+
+    Bytes 8 and 9 decide: a safetensors header begins with "{" there, so that a length that
+    happens to look like a pickle's first bytes is no false alarm.
+
+    Raises:
+        SourceError: says what the file is, and what to do.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        raise SourceError(f"{label}: cannot be read ({error.strerror})") from None
+    if not head:
+        raise SourceError(f"{label}: the file is empty; download it again")
+    if head[8:9] == b"{":
+        return
+    if head.lstrip().lower().startswith(_WEB):
+        raise SourceError(f"{label}: a web page, not weights; download the file again")
+    for magic, message in _IMPOSTORS:
+        if head.startswith(magic):
+            raise SourceError(f"{label}: {message}")
+
+
+def refuse_pickles(names: list[str], label: str) -> None:
+    """Raise if a folder without safetensors holds pickled weights.
+
+    Raises:
+        SourceError: names the pickle and says how to convert it.
+    """
+    for name in names:
+        if name.endswith(PICKLE_SUFFIXES) and not name.startswith(("training_args", "optimizer")):
+            raise SourceError(f"{label}: holds only pickled weights ({name}); {_TO_SAFETENSORS}")
