@@ -1,0 +1,137 @@
+"""Pieces of LLVM IR for AVX-512: tables in registers, look-ups, codes out of bit planes.
+
+A LUT of at most 16 float32 entries fills one 512-bit register, and one `vpermps` looks up 16
+weights; 32 entries take `vpermi2ps`, 64 to 256 entries several of them and blends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from sketchconv.kernels.planes import fields
+
+LANES = 16
+F32 = ir.FloatType()
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
+VF32 = ir.VectorType(F32, LANES)
+VI32 = ir.VectorType(I32, LANES)
+
+
+def slots(bits: int) -> int:
+    """Weights of one lane in one block: a block holds `16 * slots(bits)` columns."""
+    return 4 if bits == 8 else 8
+
+
+def splat(value: int) -> ir.Constant:
+    """The same 32-bit integer in all 16 lanes."""
+    return ir.Constant(VI32, [value & 0xFFFFFFFF] * LANES)
+
+
+def pointer(b: Any, address: Any, kind: ir.Type) -> Any:
+    """Turn a 64-bit address into a pointer to `kind`."""
+    return b.inttoptr(address, kind.as_pointer())
+
+
+def call(b: Any, name: str, result: ir.Type, args: list[Any]) -> Any:
+    """Call the LLVM intrinsic `name`; its overload follows from the types of `args`."""
+    kind = ir.FunctionType(result, [a.type for a in args])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+
+
+def load(b: Any, address: Any, kind: ir.Type) -> Any:
+    """Load `kind` from an address of any alignment."""
+    return b.load(pointer(b, address, kind), align=1)
+
+
+def _to_float32(b: Any, raw: Any, lut: str) -> Any:
+    """Lanes of a LUT's 16-bit or 32-bit carrier as float32 lanes."""
+    lanes = raw.type.count
+    floats = ir.VectorType(F32, lanes)
+    if lut == "F32":
+        return b.bitcast(raw, floats)
+    if lut == "F16":
+        return b.fpext(b.bitcast(raw, ir.VectorType(ir.HalfType(), lanes)), floats)
+    wide = ir.VectorType(I32, lanes)
+    shift = ir.Constant(wide, [16] * lanes)
+    return b.bitcast(b.shl(b.zext(raw, wide), shift), floats)
+
+
+def load_tables(b: Any, address: Any, bits: int, lut: str) -> list[Any]:
+    """The LUT of one group in registers of 16 float32; short LUTs are repeated to 16 entries."""
+    size = 4 if lut == "F32" else 2
+    entries = 2**bits
+    lanes = min(entries, LANES)
+    raw_type = ir.VectorType(ir.IntType(8 * size), lanes)
+    tables = []
+    for first in range(0, entries, LANES):
+        raw = load(b, b.add(address, I64(first * size)), raw_type)
+        tables.append(_to_float32(b, raw, lut))
+    if lanes < LANES:
+        order = ir.Constant(VI32, [i % lanes for i in range(LANES)])
+        tables = [b.shuffle_vector(tables[0], ir.Constant(tables[0].type, ir.Undefined), order)]
+    return tables
+
+
+def lookup(b: Any, tables: list[Any], code: Any) -> Any:
+    """`lut[code]` in every lane; bits of `code` above the LUT's size may hold anything."""
+    if len(tables) == 1:
+        return call(b, "llvm.x86.avx512.permvar.sf.512", VF32, [tables[0], code])
+    if len(tables) == 2:
+        args = [tables[0], code, tables[1]]
+        return call(b, "llvm.x86.avx512.vpermi2var.ps.512", VF32, args)
+    half = len(tables) // 2
+    low = lookup(b, tables[:half], code)
+    high = lookup(b, tables[half:], code)
+    bit = b.and_(code, splat(half * LANES))
+    return b.select(b.icmp_unsigned("!=", bit, splat(0)), high, low)
+
+
+def merge(b: Any, parts: list[tuple[Any, int]], shifts: list[int]) -> Any:
+    """Codes from the words of several planes; `parts` holds (words, first bit of the plane)."""
+    code = None
+    for (words, first), shift in zip(parts, shifts, strict=True):
+        amount = shift - first
+        moved = b.lshr(words, splat(amount)) if amount >= 0 else b.shl(words, splat(-amount))
+        if code is None:
+            code = moved
+        else:
+            keep = 2**first - 1
+            code = b.or_(b.and_(code, splat(keep)), b.and_(moved, splat(~keep)))
+    return code
+
+
+def keep_bytes(b: Any, left: Any, count: int) -> Any:
+    """Mask of `count` flags, the first `left` (1 to `count`) of them set."""
+    ones = b.lshr(I64(-1), b.sub(I64(64), left))
+    if count < 64:
+        ones = b.trunc(ones, ir.IntType(count))
+    return b.bitcast(ones, ir.VectorType(ir.IntType(1), count))
+
+
+def load_bytes(b: Any, address: Any, count: int, left: Any) -> Any:
+    """`count` bytes of which only the first `left` are read; the others are zero."""
+    kind = ir.VectorType(ir.IntType(8), count)
+    args = [pointer(b, address, kind), I32(1), keep_bytes(b, left, count), ir.Constant(kind, None)]
+    return call(b, f"llvm.masked.load.v{count}i8.p0", kind, args)
+
+
+def field_bytes(b: Any, columns: Any, width: int) -> Any:
+    """Bytes of `columns` fields of `width` bits, rounded up."""
+    return b.lshr(b.add(b.mul(columns, I64(width)), I64(7)), I64(3))
+
+
+def plane_bytes(b: Any, bits: int, columns: Any) -> list[Any]:
+    """Bytes of each plane of one group of `columns` columns."""
+    return [field_bytes(b, columns, width) for width in fields(bits)]
+
+
+def plane_starts(b: Any, index: Any, sizes: list[Any]) -> list[Any]:
+    """Addresses of the planes of the group that starts at `index`."""
+    starts = [index]
+    for size in sizes[:-1]:
+        starts.append(b.add(starts[-1], size))
+    return starts

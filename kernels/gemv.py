@@ -1,0 +1,99 @@
+"""Products with sketched matrices on the CPU: `y = x @ W.T` without ever holding W.
+
+Up to `FEW_TOKENS` activations go row by row through the look-up kernels. More of them go through
+tiles of `TILE_ROWS` decoded rows and torch's matrix product: one small buffer, never all of W.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sketchconv.kernels.crew import share
+from sketchconv.kernels.dequantize import decode_into
+from sketchconv.kernels.dispatch import choose
+from sketchconv.kernels.packed import Packed
+
+FEW_TOKENS = 8
+TILE_ROWS = 512
+PARALLEL_WEIGHTS = 1 << 22  # below, waking a thread costs more than it saves
+
+
+@cache
+def _fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def multiply(matrix: Packed, x: Tensor, kernel: str | None = None) -> Tensor:
+    """`x @ W.T` for a sketched `W`, without gradients.
+
+    Args:
+        matrix: the sketch, `[rows, columns]`.
+        x: float32, bfloat16 or float16 ``[..., columns]`` in CPU memory.
+        kernel: name of the kernels to use (`dispatch.choose`); None takes the fastest.
+
+    Returns:
+        ``[..., rows]`` in the dtype of `x`. Sums are float32 (bfloat16 tiles: as torch does them).
+        The result is the same at any number of threads; up to `FEW_TOKENS` rows of `x` each has the
+        result that it has alone.
+
+    Raises:
+        ValueError: `x` has another width, dtype or device; `kernel` is unknown or cannot run here.
+    """
+    if x.shape[-1] != matrix.columns:
+        raise ValueError(f"x has {x.shape[-1]} columns, the matrix {matrix.columns}")
+    tokens = x.numel() // matrix.columns
+    if tokens > FEW_TOKENS:
+        return _multiply_tiles(matrix, x, kernel)
+    dtype = x.dtype
+    if dtype is torch.float16:
+        return multiply(matrix, x.float(), kernel).half()
+    if (dtype is not torch.float32 and dtype is not torch.bfloat16) or x.device.type != "cpu":
+        raise ValueError(f"x must be float in CPU memory, got {dtype} on {x.device}")
+    x = x.detach().contiguous()
+    y = x.new_empty((*x.shape[:-1], matrix.rows))
+    run = choose(kernel).multiply(matrix.bits, matrix.lut_dtype)
+    args = (
+        matrix.index.data_ptr(),
+        matrix.lut.data_ptr(),
+        x.data_ptr(),
+        y.data_ptr(),
+        dtype is torch.bfloat16,
+        tokens,
+        matrix.rows,
+        matrix.groups,
+        matrix.group_columns,
+    )
+    if matrix.rows * matrix.columns < PARALLEL_WEIGHTS:
+        run(0, matrix.rows, *args)
+    else:
+        share(lambda begin, end: run(begin, end, *args), matrix.rows, torch.get_num_threads())
+    return y
+
+
+def _multiply_tiles(matrix: Packed, x: Tensor, kernel: str | None) -> Tensor:
+    dtype = x.dtype
+    if dtype is not torch.bfloat16 or not _fast_bf16():
+        x = x.float()
+    x = x.detach()
+    tile = x.new_empty((min(TILE_ROWS, matrix.rows), matrix.columns))
+    y = x.new_empty((*x.shape[:-1], matrix.rows), dtype=dtype)
+    for begin in range(0, matrix.rows, TILE_ROWS):
+        end = min(begin + TILE_ROWS, matrix.rows)
+        weight = tile[: end - begin]
+        decode_into(matrix, weight, begin, kernel)
+        y[..., begin:end] = torch.nn.functional.linear(x, weight)
+    return y
+
+
+def sketch_linear(x: Tensor, index: Tensor, lut: Tensor, kernel: str | None = None) -> Tensor:
+    """`x @ W.T` of one sketch given by its tensors; see `multiply` and `Packed`."""
+    return multiply(Packed.of(index, lut, x.shape[-1]), x, kernel)
