@@ -1,6 +1,9 @@
-"""The base of every error that sketchconv raises on purpose, and the format's own error."""
+"""The base of every error that sketchconv raises on purpose, and the format's own errors."""
 
 from __future__ import annotations
+
+import reprlib
+from typing import NoReturn
 
 
 class SketchconvError(Exception):
@@ -21,3 +24,37 @@ class FormatError(SketchconvError):
         self.where = where
         self.message = message
         super().__init__(f"{where}: {message} [{requirement}]")
+
+    def __reduce__(self) -> tuple[type[FormatError], tuple[str, str, str]]:
+        return (type(self), (self.requirement, self.where, self.message))
+
+
+class OutputFailure(SketchconvError):
+    """The output cannot be written: it exists, the place is not writable, the disk is full.
+
+    Args:
+        message: one clear line.
+        missing: how many bytes of free disk are missing; 0 when space is not the reason.
+    """
+
+    def __init__(self, message: str, missing: int = 0) -> None:
+        self.missing = missing
+        super().__init__(message)
+
+
+def refuse(requirement: str, where: str, message: str) -> NoReturn:
+    """Raise the `FormatError` of a requirement.
+
+    Raises:
+        FormatError: always.
+    """
+    raise FormatError(requirement, where, message)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return `repr(value)` cut to `limit` characters, so that hostile input keeps errors short."""
+    if isinstance(value, str | bytes):
+        text = repr(value[:limit])
+    else:
+        text = repr(value) if isinstance(value, int | float | None) else reprlib.repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,175 @@
+"""The temporary sibling of an output: locked against a second writer, renamed at the end.
+
+Its name is fixed (`.NAME.sktch-partial`), so what a killed run left behind is found and replaced
+by the next one, and two writers of one output meet at its lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Final
+
+from sketchconv.formats.errors import OutputFailure, SketchconvError
+from sketchconv.formats.part import os_failures
+
+SUFFIX: Final = ".sktch-partial"
+_OLD: Final = ".sktch-old"
+_HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
+
+
+def staging_path(target: Path) -> Path:
+    """Return the temporary beside `target`."""
+    return target.parent / f".{target.name}{SUFFIX}"
+
+
+def check_target(target: Path, *, folder: bool, overwrite: bool) -> None:
+    """Check that an output may be written, before anything is.
+
+    Raises:
+        OutputFailure: if it exists and must not be replaced, or its parent is no folder.
+    """
+    if not target.parent.is_dir():
+        raise OutputFailure(f"cannot write {target}: there is no folder {target.parent}")
+    if target.name in ("", "..") or target.is_symlink():
+        raise OutputFailure(f"cannot write {target}: give the real path, not a link to it")
+    if not target.exists():
+        return
+    if folder and target.is_dir() and not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise OutputFailure(f"{target} exists; it is only replaced on request")
+    if not folder and not target.is_file():
+        raise OutputFailure(f"{target} exists and is not a regular file")
+    if folder and not is_sketch_folder(target):
+        raise OutputFailure(f"{target} exists and is not a folder that sketchconv wrote")
+
+
+def is_sketch_folder(path: Path) -> bool:
+    """Tell whether a folder holds a sketch and no version control, so that it may be replaced."""
+    config = path / "config.json"
+    try:
+        if not stat.S_ISREG(config.stat().st_mode) or config.stat().st_size > 1 << 24:
+            return False
+        value = json.loads(config.read_bytes())
+        method = value["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return bool(method == "sktch") and not (path / ".git").exists()
+
+
+def open_file(target: Path) -> int:
+    """Create and lock the temporary file beside `target`; return its descriptor.
+
+    Its mode is that of any new file (0666 less the umask).
+
+    Raises:
+        OutputFailure: if another writer holds it, or the folder is not writable.
+    """
+    path = staging_path(target)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    while True:
+        with os_failures(target):
+            fd = os.open(path, flags, 0o666)
+        if _locked(fd, path, target):
+            with os_failures(target):
+                os.ftruncate(fd, 0)
+            return fd
+        os.close(fd)
+
+
+def open_folder(target: Path) -> int:
+    """Create and lock the temporary folder beside `target`, empty; return its descriptor.
+
+    Raises:
+        OutputFailure: if another writer holds it, or the parent is not writable.
+    """
+    path = staging_path(target)
+    while True:
+        with os_failures(target):
+            path.mkdir(exist_ok=True)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if _locked(fd, path, target):
+            with os_failures(target):
+                _empty(path)
+            return fd
+        os.close(fd)
+
+
+def publish(target: Path, *, folder: bool, overwrite: bool) -> None:
+    """Rename the finished temporary to its target and force the rename to the disk.
+
+    Raises:
+        OutputFailure: if the target appeared meanwhile, or the disk fails.
+    """
+    check_target(target, folder=folder, overwrite=overwrite)
+    old = target.parent / f".{target.name}{_OLD}"
+    with os_failures(target):
+        if folder and target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        try:
+            staging_path(target).replace(target)
+        except OSError:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        sync_folder(target.parent)
+    if folder:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(target: Path, *, folder: bool) -> None:
+    """Remove the temporary, whatever state it is in."""
+    path = staging_path(target)
+    if folder:
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Force the names in a folder to the disk.
+
+    Raises:
+        OSError: if the disk fails.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _locked(fd: int, path: Path, target: Path) -> bool:
+    """Lock a descriptor; False if `path` meanwhile names another file, so it must be reopened."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            os.close(fd)
+            raise OutputFailure(f"another process is writing {target}") from error
+        # Some network file systems have no locks; go on without one.
+    try:
+        named, held = path.lstat(), os.fstat(fd)
+    except FileNotFoundError:
+        return False
+    if (named.st_ino, named.st_dev) != (held.st_ino, held.st_dev):
+        return False
+    if not stat.S_ISREG(held.st_mode) and not stat.S_ISDIR(held.st_mode):
+        os.close(fd)
+        raise SketchconvError(f"{path} is in the way: it is no regular file")
+    return True
+
+
+def _empty(path: Path) -> None:
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()

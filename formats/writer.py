@@ -1,0 +1,263 @@
+"""Streaming, atomic writers: a bundle, or a Hugging Face folder.
+
+Sizes are known first, the disk is reserved first, tensors come in any order, the header last.
+Until `commit` returns there is only a temporary beside the output; `abort` removes it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from sketchconv.formats import rules, staging
+from sketchconv.formats.draft import (
+    INDEX_NAME,
+    Draft,
+    Layout,
+    Results,
+    bundle_layout,
+    bundle_size,
+    folder_layouts,
+    folder_sizes,
+    index_json,
+)
+from sketchconv.formats.errors import refuse
+from sketchconv.formats.part import Data, Part, check_space, os_failures
+from sketchconv.formats.paths import check_paths
+
+__all__ = [
+    "BundleWriter",
+    "Draft",
+    "FolderWriter",
+    "Results",
+    "Writer",
+    "bundle_size",
+    "folder_sizes",
+]
+
+
+class Writer(Protocol):
+    """What both writers do."""
+
+    def append(self, name: str, data: Data) -> None:
+        """Write the next bytes of a stored tensor."""
+
+    def commit(self, results: Results) -> None:
+        """Write digests and headers, and put the output in place."""
+
+    def abort(self) -> None:
+        """Remove the temporary; nothing is left."""
+
+
+class _Base:
+    """The life of an output: open, append, then commit or abort."""
+
+    _folder: bool
+
+    def __init__(self, path: str | os.PathLike[str], overwrite: bool) -> None:
+        self.path = Path(os.path.abspath(path))  # noqa: PTH100 (Path.resolve would follow links)
+        self._overwrite = overwrite
+        self._parts: list[Part] = []
+        self._owner: dict[str, Part] = {}
+        self._lock = -1
+        self._open = True
+
+    def append(self, name: str, data: Data) -> None:
+        """Write the next bytes of a stored tensor.
+
+        Chunks of one tensor come in order; tensors in any order, also interleaved.
+
+        Raises:
+            KeyError: if the draft has no such stored tensor.
+            ValueError: for too many bytes, or after commit or abort.
+            OutputFailure: if the disk is full or fails; the temporary is then removed.
+        """
+        self._check_open()
+        part = self._owner[name]
+        try:
+            part.append(name, data)
+        except BaseException:
+            self.abort()
+            raise
+
+    def commit(self, results: Results) -> None:
+        """Check that all is there, write digests and headers, sync, rename into place.
+
+        Raises:
+            KeyError, ValueError: if a tensor or a result is missing.
+            OutputFailure: if the disk fails or the target appeared meanwhile.
+            In every case the temporary is removed.
+        """
+        self._check_open()
+        try:
+            self._finish(results)
+            staging.publish(self.path, folder=self._folder, overwrite=self._overwrite)
+        except BaseException:
+            self.abort()
+            raise
+        self._close()
+
+    def abort(self) -> None:
+        """Remove the temporary; nothing is left. Does nothing after a commit."""
+        if self._open:
+            staging.discard(self.path, folder=self._folder)
+            self._close()
+
+    def _finish(self, results: Results) -> None:
+        for part in self._parts:
+            part.finish(results)
+
+    def _begin(self, part: Part) -> None:
+        sentinel = part.layout.manifest.sentinel
+        self._parts.append(part)
+        self._owner.update(dict.fromkeys(part.layout.infos, part))
+        part.reserve()
+        if sentinel is not None:
+            part.append(sentinel, b"\0")
+
+    def _close(self) -> None:
+        self._open = False
+        for part in self._parts:
+            part.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ValueError(f"the writer of {self.path} is closed")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+
+class BundleWriter(_Base):
+    """Writes one self-contained `.sktch` file.
+
+    Args:
+        path: the file to write; its folder must exist.
+        draft: what to write.
+        files: relative POSIX path -> bytes of configuration, tokenizer and template files.
+        overwrite: replace a regular file that is there.
+
+    Raises:
+        FormatError: if the draft breaks a requirement.
+        OutputFailure: if the output exists, cannot be written, or the disk is too small.
+    """
+
+    _folder = False
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        draft: Draft,
+        files: Mapping[str, bytes],
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__(path, overwrite)
+        layout = bundle_layout(draft, files)
+        staging.check_target(self.path, folder=False, overwrite=overwrite)
+        fd = staging.open_file(self.path)
+        try:
+            part = Part(fd, staging.staging_path(self.path), layout)
+            self._begin(part)
+            for file, tensor in layout.manifest.files.items():
+                if tensor:
+                    part.append(tensor, files[file])
+        except BaseException:
+            self.abort()
+            raise
+
+    def __enter__(self) -> BundleWriter:
+        return self
+
+
+class FolderWriter(_Base):
+    """Writes a Hugging Face folder: the given files as they are, and the weights in shards.
+
+    Args:
+        path: the folder to write; its parent must exist.
+        draft: what to write.
+        files: relative POSIX path -> bytes of the other files, `config.json` among them.
+        max_shard_size: bytes of weights per shard.
+        overwrite: replace a folder that holds a sketch.
+
+    Raises:
+        FormatError: if the draft or a path breaks a requirement.
+        OutputFailure: if the output exists, cannot be written, or the disk is too small.
+    """
+
+    _folder = True
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        draft: Draft,
+        files: Mapping[str, bytes],
+        max_shard_size: int,
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__(path, overwrite)
+        layouts = folder_layouts(draft, max_shard_size)
+        others = _other_files(files, layouts)
+        staging.check_target(self.path, folder=True, overwrite=overwrite)
+        self._lock = staging.open_folder(self.path)
+        try:
+            self._stage(layouts, others)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _stage(self, layouts: Mapping[str, Layout], others: Mapping[str, bytes]) -> None:
+        folder = staging.staging_path(self.path)
+        needed = sum(x.size for x in layouts.values()) + sum(map(len, others.values()))
+        check_space(folder, needed, self.path)
+        for name, data in others.items():
+            _write_file(folder, name, data)
+        for name, layout in layouts.items():
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with os_failures(self.path):
+                fd = os.open(folder / name, flags, 0o666)
+            self._begin(Part(fd, folder / name, layout))
+
+    def _finish(self, results: Results) -> None:
+        super()._finish(results)
+        folder = staging.staging_path(self.path)
+        with os_failures(self.path):
+            for sub in [p for p in folder.rglob("*") if p.is_dir()]:
+                staging.sync_folder(sub)
+            staging.sync_folder(folder)
+
+    def __enter__(self) -> FolderWriter:
+        return self
+
+
+def _other_files(files: Mapping[str, bytes], layouts: Mapping[str, Layout]) -> dict[str, bytes]:
+    others = dict(files)
+    if len(layouts) > 1:
+        if INDEX_NAME in others:
+            refuse("SKT-093", "folder", f"{INDEX_NAME} is written by the writer itself")
+        others[INDEX_NAME] = index_json(layouts)
+    taken = {name: rules.FILE_PREFIX + str(i) for i, name in enumerate([*others, *layouts])}
+    if len(taken) != len(others) + len(layouts):
+        refuse("SKT-093", "folder", "a file has the name of a weight file")
+    check_paths(taken, "folder")
+    return others
+
+
+def _write_file(folder: Path, name: str, data: bytes) -> None:
+    path = folder / name
+    with os_failures(path if path.parent.is_dir() else folder, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
