@@ -17,7 +17,7 @@ from sketchconv.recipe import Recipe
 
 if TYPE_CHECKING:
     from sketchconv.architecture import ModelMap
-    from sketchconv.formats.writer import Draft, Writer
+    from sketchconv.formats.writer import BundleWriter, Draft, FolderWriter
     from sketchconv.moments import Moments
     from sketchconv.sources.base import Source
 
@@ -47,6 +47,11 @@ class Job:
         return self.output.suffix == ".sktch"
 
     @property
+    def source_bytes(self) -> int:
+        """Bytes on disk of the source's weight files."""
+        return sum(path.stat().st_size for path in self.source.paths if path.is_file())
+
+    @property
     def output_bytes(self) -> int:
         """Exact bytes on disk of the finished output."""
         return sum(self.sizes.values())
@@ -59,7 +64,7 @@ class Job:
         one_row = [row_bytes(s) for s in steps]
         return max(min(self.budget, max(whole, default=0)), max(one_row, default=0))
 
-    def writer(self) -> Writer:
+    def writer(self) -> BundleWriter | FolderWriter:
         """Open the output for writing, as a temporary beside it."""
         from sketchconv.formats.writer import BundleWriter, FolderWriter
 
@@ -131,11 +136,7 @@ def check_free_disk(job: Job) -> None:
 
 def equal_ties(source: Source, model: ModelMap) -> dict[str, str]:
     """Tied weights that the source stores twice with equal bytes: name -> the one to keep."""
-    return {
-        name: kept
-        for name, kept in model.ties.items()
-        if name in source.infos and kept in source.infos and _same_bytes(source, name, kept)
-    }
+    return {name: kept for name, kept in model.ties.items() if _same_bytes(source, name, kept)}
 
 
 def _same_bytes(source: Source, first: str, second: str) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from sketchconv.formats.writer import Writer
+    from sketchconv.formats.writer import BundleWriter, FolderWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class _Tally:
 class _Run:
     """The state of one running job."""
 
-    def __init__(self, job: Job, writer: Writer, threads: int | None) -> None:
+    def __init__(self, job: Job, writer: BundleWriter | FolderWriter, threads: int | None) -> None:
         self.job = job
         self.writer = writer
         self.threads = threads
@@ -163,7 +163,7 @@ class _Run:
             plan=job.plan,
             weighting=job.moments.description,
             results=tuple(self.results),
-            source_bytes=job.source.nbytes,
+            source_bytes=job.source_bytes,
             output_bytes=job.output_bytes,
             seconds=seconds,
             solve_seconds=self.solve_seconds,

@@ -53,6 +53,8 @@ class _Planner:
         self.recipe = recipe
         self.duplicates = duplicates
         self.transposed = frozenset(model.transposed)
+        self.extra = frozenset(model.extra)
+        self.unsupported = frozenset(model.unsupported)
         self.roles: dict[str, Role] = {
             **dict.fromkeys(model.embeddings, "embedding"),
             **dict.fromkeys(model.heads, "head"),
@@ -68,6 +70,8 @@ class _Planner:
         override = self.recipe.override_for(info.name)
         if override is not None and override.action == "drop":
             return Step(info, "drop", f"recipe: {override.match}", role, by_user=True)
+        if info.name in self.extra:
+            return Step(info, "drop", "the model has no such tensor", role)
         reason = self._cannot_sketch(info, role)
         if reason is not None:
             return _copy(info, role, reason)
@@ -79,6 +83,8 @@ class _Planner:
         return self._sketch(info, role)
 
     def _cannot_sketch(self, info: TensorInfo, role: Role) -> str | None:
+        if info.name in self.unsupported:
+            return "part of a fused module (mixture of experts), which cannot be sketched yet"
         if role == "other":
             return "not the weight of a linear or embedding module"
         if info.name in self.transposed:
@@ -170,8 +176,12 @@ def _coverage(steps: Sequence[Step], model: ModelMap) -> Coverage:
 def _check_coverage(coverage: Coverage, steps: Sequence[Step], model: ModelMap) -> None:
     if coverage.fraction >= MIN_COVERAGE:
         return
-    left = [step for step in steps if step.role == "linear" and step.action == "copy"]
-    example = f"{left[0].name}: {left[0].reason}" if left else next(iter(model.unsupported), "")
+    left = [
+        step
+        for step in steps
+        if step.action == "copy" and (step.role == "linear" or step.name in model.unsupported)
+    ]
+    example = f"{left[0].name}: {left[0].reason}" if left else "none"
     raise PlanError(
         f"only {coverage.sketched:,} of {coverage.eligible:,} linear parameters "
         f"({100 * coverage.fraction:.1f} %) would be sketched, at least {100 * MIN_COVERAGE:.0f} % "

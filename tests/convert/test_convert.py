@@ -1,0 +1,190 @@
+"""The main job on tiny checkpoints: what is written, that it is exact, and always the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import sketchconv
+from sketchconv.formats.reader import SktchModel
+from sketchconv.job import prepare
+from sketchconv.pipeline import Progress
+from sketchconv.recipe import Override, Recipe, SketchSpec
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+EMBED = "model.embed_tokens.weight"
+LINEARS = 14
+
+
+def digests(path):
+    """SHA-256 of every file of a sketch, by relative name."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def source_weight(folder, name):
+    for shard in folder.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                return file.get_tensor(name).float().numpy()
+    raise KeyError(name)
+
+
+def test_a_bundle_holds_sketches_copies_aliases_and_files(llama, tmp_path):
+    out = tmp_path / "tiny.sktch"
+    report = sketchconv.convert(llama, out)
+    assert out.stat().st_size == report.output_bytes
+    assert len(report.results) == LINEARS
+    with SktchModel.open(out) as model:
+        manifest = model.manifest
+        assert set(manifest.sketches) == {
+            n for n in model_names(llama) if n.endswith("_proj.weight")
+        }
+        assert dict(manifest.aliases) == {"lm_head.weight": EMBED}
+        assert {"config.json", "generation_config.json"} <= set(manifest.files)
+        config = json.loads(model.file("config.json"))
+        assert config["quantization_config"]["quant_method"] == "sktch"
+        assert manifest.sketches[Q_PROJ].bits == 4
+        for name in model_names(llama):
+            if name not in manifest.sketches:
+                copied = bf16(model.array(name))
+                assert np.array_equal(copied, source_weight(llama, name)), name
+        assert manifest.source["id"] == llama.name
+        assert manifest.source["format"] == "safetensors"
+
+
+def model_names(folder):
+    with safe_open(next(folder.glob("*.safetensors")), "np") as file:
+        return list(file.keys())
+
+
+def bf16(words):
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def test_the_recorded_errors_are_those_of_the_decoded_weights(llama, tmp_path):
+    out = tmp_path / "tiny.sktch"
+    report = sketchconv.convert(llama, out)
+    with SktchModel.open(out) as model:
+        for result in report.results:
+            dense = source_weight(llama, result.name).astype(np.float64)
+            difference = dense - model.decode(result.name)
+            expected = math.sqrt((difference**2).sum() / (dense**2).sum())
+            assert result.relative_error == pytest.approx(expected, rel=1e-9)
+            assert 0.01 < expected < 0.2
+            assert model.manifest.errors[result.name] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["tiny.sktch", "tiny"])
+def test_the_dry_run_predicts_the_size_to_the_byte(untied_shards, tmp_path, form):
+    recipe = Recipe(SketchSpec(bits=3, groups=4), embed_bits=5)
+    shard = 60_000
+    job = prepare(untied_shards, tmp_path / form, recipe, max_shard_size=shard)
+    job.source.close()
+    assert not (tmp_path / form).exists()
+    sketchconv.convert(untied_shards, tmp_path / form, recipe, max_shard_size=shard)
+    path = tmp_path / form
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    assert {p.name: p.stat().st_size for p in files} == dict(job.sizes)
+    assert sum(p.stat().st_size for p in files) == job.output_bytes
+    if form == "tiny":
+        assert len([p for p in files if p.suffix == ".safetensors"]) > 2
+
+
+@pytest.mark.parametrize("form", ["tiny.sktch", "tiny"])
+def test_bytes_depend_on_nothing_but_source_and_recipe(llama, tmp_path, form, monkeypatch):
+    recipe = Recipe(embed_bits=6)
+    sketchconv.convert(llama, tmp_path / form, recipe, threads=1)
+    first = digests(tmp_path / form)
+    sketchconv.convert(llama, tmp_path / form, recipe, threads=2, force=True)
+    assert digests(tmp_path / form) == first
+    # one row at a time: chunking must not show either
+    monkeypatch.setattr("sketchconv.job.chunk_budget", lambda _limit: 1)
+    events: list[Progress] = []
+    sketchconv.convert(llama, tmp_path / form, recipe, force=True, progress=events.append)
+    assert digests(tmp_path / form) == first
+    assert len(events) > 1000
+    assert events[-1].done == events[-1].total
+
+
+def test_overrides_filters_and_groups_reach_the_tensors(untied_shards, tmp_path):
+    recipe = Recipe(
+        SketchSpec(bits=2, group_size=32),
+        embed_bits=8,
+        exclude=("*.gate_proj",),
+        overrides=(
+            Override("*.down_proj", bits=5, groups=2, lut_dtype="F32"),
+            Override("lm_head", action="copy"),
+        ),
+    )
+    out = tmp_path / "tiny.sktch"
+    report = sketchconv.convert(untied_shards, out, recipe)
+    with SktchModel.open(out) as model:
+        sketches = model.manifest.sketches
+        q, down = sketches[Q_PROJ], sketches[DOWN]
+        assert (q.bits, q.groups, q.lut_dtype) == (2, 2, "F16")
+        assert (down.bits, down.groups, down.lut_dtype) == (5, 2, "F32")
+        assert sketches[EMBED].bits == 8
+        assert "lm_head.weight" not in sketches
+        assert not any("gate_proj" in name for name in sketches)
+        assert not model.manifest.aliases
+        decoded = model.decode(DOWN)
+    dense = source_weight(untied_shards, DOWN)
+    assert np.abs(decoded - dense).max() < np.abs(dense).max() / 8
+    reasons = {s.name: s.reason for s in report.plan.steps}
+    assert reasons["model.layers.0.mlp.gate_proj.weight"] == "excluded: *.gate_proj"
+    assert reasons["lm_head.weight"] == "recipe: lm_head"
+
+
+def test_the_weighting_is_named_and_changes_the_sketch(llama, tmp_path):
+    moments = sketchconv.convert(llama, tmp_path / "a.sktch")
+    equal = sketchconv.convert(llama, tmp_path / "b.sktch", Recipe(weighting="equal"))
+    assert "second moments" in moments.weighting
+    assert "equal" in equal.weighting
+    # equal weights minimise the plain error, so they cannot lose by it
+    assert equal.relative_error < moments.relative_error
+
+
+def test_the_exact_solver_is_never_worse(llama, tmp_path):
+    near = sketchconv.convert(llama, tmp_path / "a.sktch", Recipe(weighting="equal"))
+    exact = sketchconv.convert(llama, tmp_path / "b.sktch", Recipe(weighting="equal", exact=True))
+    # the optimum is that of the unrounded LUT: rounding to F16 may cost either a hair
+    assert exact.relative_error <= near.relative_error * (1 + 1e-5)
+    assert near.relative_error <= exact.relative_error * 1.01
+
+
+def test_every_file_opens_with_the_safetensors_library(untied_shards, tmp_path):
+    out = tmp_path / "folder"
+    sketchconv.convert(untied_shards, out, max_shard_size=60_000)
+    seen = {}
+    for shard in sorted(out.glob("*.safetensors")):
+        with safe_open(shard, "np") as file:
+            seen |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with SktchModel.open(out) as model:
+        assert seen.keys() == model.tensors.keys()
+        for name, value in seen.items():
+            assert value.tobytes() == model.array(name).tobytes(), name
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(seen)
+
+
+def test_equal_tied_weights_that_are_stored_twice_become_an_alias(llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for name in ("config.json", "generation_config.json"):
+        (twice / name).write_bytes((llama / name).read_bytes())
+    tensors = load_file(llama / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors[EMBED].clone()}, twice / "model.safetensors")
+    once = sketchconv.convert(llama, tmp_path / "once.sktch")
+    again = sketchconv.convert(twice, tmp_path / "again.sktch")
+    assert again.parameters == once.parameters
+    with SktchModel.open(tmp_path / "again.sktch") as model:
+        assert dict(model.manifest.aliases) == {"lm_head.weight": EMBED}
