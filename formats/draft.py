@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,8 +16,6 @@ from sketchconv.formats.manifest import Manifest
 from sketchconv.formats.sketches import SketchRecord
 from sketchconv.formats.tensors import SKTCH_DTYPES, TensorInfo
 
-SINGLE_NAME: Final = "model.safetensors"
-INDEX_NAME: Final = "model.safetensors.index.json"
 _NAME: Final = re.compile(rules.NAME_PATTERN)
 
 
@@ -93,44 +90,9 @@ def bundle_layout(draft: Draft, files: Mapping[str, bytes]) -> Layout:
     names = {path: f"{rules.FILE_PREFIX}{i:04d}" for i, path in enumerate(sorted(files))}
     tensors = {path: name if files[path] else "" for path, name in names.items()}
     infos = [TensorInfo(tensors[p], "U8", (len(files[p]),)) for p in sorted(files) if files[p]]
-    return _layout(draft, draft.sketches, (*draft.plain, *infos), draft.aliases, tensors, "bundle")
-
-
-def folder_layouts(draft: Draft, max_shard_size: int) -> dict[str, Layout]:
-    """Lay out the weight files of a folder, by file name.
-
-    Index and LUT of a weight stay together, and weights follow each other in natural order of
-    their names. A file takes weights until their bytes would pass `max_shard_size`; one larger
-    weight gets a file of its own.
-
-    Raises:
-        FormatError, TypeError, ValueError: as for `bundle_layout`.
-    """
-    if max_shard_size < 1:
-        raise ValueError(f"max_shard_size must be at least 1 byte, got {max_shard_size}")
-    shards = _split(draft, max_shard_size)
-    if len(shards) > rules.MAX_SHARDS:
-        raise ValueError(f"{len(shards)} shards; max_shard_size {max_shard_size} is too small")
-    layouts = {}
-    for i, units in enumerate(shards, 1):
-        name = (
-            SINGLE_NAME if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        )
-        sketches = [u for u in units if isinstance(u, SketchRecord)]
-        plain = [u for u in units if isinstance(u, TensorInfo)]
-        held = {r.name for r in sketches} | {i.name for i in plain}
-        aliases = {a: t for a, t in draft.aliases.items() if t in held}
-        layouts[name] = _layout(draft, sketches, plain, aliases, {}, name)
-    _check_split(draft, layouts)
-    return layouts
-
-
-def index_json(layouts: Mapping[str, Layout]) -> bytes:
-    """Return `model.safetensors.index.json` as transformers writes it."""
-    weight_map = {name: shard for shard, layout in layouts.items() for name in layout.infos}
-    total = sum(i.nbytes for layout in layouts.values() for i in layout.infos.values())
-    value = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    return file_layout(
+        draft, draft.sketches, (*draft.plain, *infos), draft.aliases, tensors, "bundle"
+    )
 
 
 def bundle_size(draft: Draft, files: Mapping[str, bytes]) -> int:
@@ -138,17 +100,7 @@ def bundle_size(draft: Draft, files: Mapping[str, bytes]) -> int:
     return bundle_layout(draft, files).size
 
 
-def folder_sizes(draft: Draft, files: Mapping[str, bytes], max_shard_size: int) -> dict[str, int]:
-    """Return the exact bytes of every file of the folder, by name. Raises as `folder_layouts`."""
-    layouts = folder_layouts(draft, max_shard_size)
-    sizes = {path: len(data) for path, data in files.items()}
-    sizes.update({name: layout.size for name, layout in layouts.items()})
-    if len(layouts) > 1:
-        sizes[INDEX_NAME] = len(index_json(layouts))
-    return sizes
-
-
-def _layout(
+def file_layout(
     draft: Draft,
     sketches: Iterable[SketchRecord],
     plain: Iterable[TensorInfo],
@@ -156,6 +108,17 @@ def _layout(
     files: Mapping[str, str],
     where: str,
 ) -> Layout:
+    """Lay out one file that holds a part of a draft, or all of it.
+
+    Args:
+        draft: for recipe, source and tool.
+        sketches, plain, aliases: what the file holds.
+        files: relative POSIX path -> tensor among `plain`; an empty file has an empty name.
+        where: the file, for the error.
+
+    Raises:
+        FormatError, TypeError, ValueError: as for `bundle_layout`.
+    """
     records = {r.name: r for r in sketches}
     for record in records.values():
         record.check(where)
@@ -215,42 +178,3 @@ def _check_infos(infos: list[TensorInfo], where: str) -> None:
         if any(d < 1 for d in info.shape):
             refuse("SKT-025", at, f"a dimension must be at least 1, got {list(info.shape)}")
         seen.add(info.name)
-
-
-def _split(draft: Draft, limit: int) -> list[list[SketchRecord | TensorInfo]]:
-    units: list[SketchRecord | TensorInfo] = [*draft.sketches, *draft.plain]
-    shards: list[list[SketchRecord | TensorInfo]] = [[]]
-    used = 0
-    for unit in sorted(units, key=lambda u: _natural(u.name)):
-        size = _unit_bytes(unit)
-        if shards[-1] and used + size > limit:
-            shards.append([])
-            used = 0
-        shards[-1].append(unit)
-        used += size
-    return shards
-
-
-def _unit_bytes(unit: SketchRecord | TensorInfo) -> int:
-    if isinstance(unit, TensorInfo):
-        return unit.nbytes
-    unit.check("draft")
-    return unit.index_info.nbytes + unit.lut_info.nbytes
-
-
-def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    parts = re.split(r"([0-9]+)", name)
-    return [(1, int(p), "") if p.isdigit() else (0, 0, p) for p in parts if p], name
-
-
-def _check_split(draft: Draft, layouts: Mapping[str, Layout]) -> None:
-    names = [r.name for r in draft.sketches] + [i.name for i in draft.plain]
-    if len(set(names)) != len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        refuse("SKT-009", "draft", f"{shown(twice)} is named twice")
-    placed = {a for layout in layouts.values() for a in layout.manifest.aliases}
-    for name, target in draft.aliases.items():
-        if name not in placed:
-            refuse("SKT-086", f"draft: alias {name}", f"no weight {shown(target)}")
-        if name in names:
-            refuse("SKT-085", f"draft: alias {name}", "the name is also stored or sketched")

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from sketchconv.formats import rules
 from sketchconv.formats.container import open_regular, pread_exact
-from sketchconv.formats.draft import INDEX_NAME, SINGLE_NAME
 from sketchconv.formats.errors import FormatError, refuse, shown
+from sketchconv.formats.sharding import INDEX_NAME, SINGLE_NAME
 from sketchconv.formats.strict_json import Limits, loads
 
 CONFIG_NAME: Final = "config.json"

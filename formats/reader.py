@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from sketchconv.formats import rules
 from sketchconv.formats.container import Container
 from sketchconv.formats.coverage import check_tensors
+from sketchconv.formats.decode import SketchTensor, read_sketch
 from sketchconv.formats.errors import refuse
 from sketchconv.formats.folder import (
     CONFIG_NAME,
@@ -25,34 +24,7 @@ from sketchconv.formats.folder import (
 )
 from sketchconv.formats.manifest import Manifest
 from sketchconv.formats.merge import check_weight_map, merge_manifests
-from sketchconv.formats.packing import unpack
-from sketchconv.formats.sketches import SketchRecord
-from sketchconv.formats.tensors import F32Array, TensorInfo, U8Array, carried_to_f32
-
-_DECODE_WEIGHTS = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class SketchTensor:
-    """A sketch in memory: indices uint8 `[out, in]`, LUT `[out, G, 2^bits]` in its carrier."""
-
-    indices: U8Array
-    lut: npt.NDArray[Any]
-    bits: int
-    lut_dtype: str
-
-    def decode(self) -> F32Array:
-        """Return float32 `W[r, c] = lut[r, c // GS, index[r, c]]`, bit-exact."""
-        rows, columns = self.indices.shape
-        groups, entries = self.lut.shape[1:]
-        lut = carried_to_f32(self.lut, self.lut_dtype).reshape(rows * groups, entries)
-        codes = self.indices.reshape(rows * groups, columns // groups)
-        out = np.empty(codes.shape, np.float32)
-        step = max(_DECODE_WEIGHTS // codes.shape[1], 1)
-        for at in range(0, len(codes), step):
-            block = slice(at, at + step)
-            out[block] = np.take_along_axis(lut[block], codes[block].astype(np.intp), axis=1)
-        return out.reshape(rows, columns)
+from sketchconv.formats.tensors import F32Array, TensorInfo
 
 
 class SktchFile:
@@ -240,21 +212,6 @@ class SktchModel:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def read_sketch(index: Container, lut: Container, record: SketchRecord) -> SketchTensor:
-    """Read and unpack one sketch from the files that hold its two tensors.
-
-    Raises:
-        FormatError: SKT-071 for padding bits that are not zero, SKT-013.
-    """
-    packed = index.array(record.index_name)
-    try:
-        codes = unpack(packed, record.bits, record.group_size, strict=True)
-    except ValueError as error:
-        refuse("SKT-071", f"{index.path.name}: {record.index_name}", str(error))
-    codes = codes.reshape(record.shape)
-    return SketchTensor(codes, lut.array(record.lut_name), record.bits, record.lut_dtype)
 
 
 def _manifest(container: Container) -> Manifest:

@@ -133,6 +133,21 @@ def discard(target: Path, *, folder: bool) -> None:
         path.unlink(missing_ok=True)
 
 
+def write_file(folder: Path, name: str, data: bytes) -> None:
+    """Write a small file of the temporary folder, and force it to the disk.
+
+    Raises:
+        OutputFailure: if the disk is full or fails.
+    """
+    path = folder / name
+    with os_failures(path if path.parent.is_dir() else folder, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Force the names in a folder to the disk.
 

@@ -109,8 +109,8 @@ def _check_tensor(model: SktchModel, shard: SktchFile, file: str, tensor: str) -
     stem = tensor.removesuffix(rules.INDEX_SUFFIX).removesuffix(rules.LUT_SUFFIX)
     record = manifest.sketches.get(stem + rules.WEIGHT_SUFFIX) if stem != tensor else None
     running, bad = tensor_hash(info), _Bad()
-    row = info.nbytes // info.shape[0] if info.shape else info.nbytes
-    step = max(_CHUNK // row, 1) * row
+    unit = record.index_info.shape[2] if record is not None else 1
+    step = max(_CHUNK // unit // 8 * 8, 8) * unit
     try:
         for begin in range(0, info.nbytes, step):
             data = shard.container.read(tensor, begin, min(begin + step, info.nbytes))

@@ -12,21 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from sketchconv.formats import rules, staging
-from sketchconv.formats.draft import (
-    INDEX_NAME,
-    Draft,
-    Layout,
-    Results,
-    bundle_layout,
-    bundle_size,
-    folder_layouts,
-    folder_sizes,
-    index_json,
-)
-from sketchconv.formats.errors import refuse
+from sketchconv.formats import staging
+from sketchconv.formats.draft import Draft, Layout, Results, bundle_layout, bundle_size
 from sketchconv.formats.part import Data, Part, check_space, os_failures
-from sketchconv.formats.paths import check_paths
+from sketchconv.formats.sharding import folder_files, folder_layouts, folder_sizes
 
 __all__ = [
     "BundleWriter",
@@ -207,7 +196,7 @@ class FolderWriter(_Base):
     ) -> None:
         super().__init__(path, overwrite)
         layouts = folder_layouts(draft, max_shard_size)
-        others = _other_files(files, layouts)
+        others = folder_files(files, layouts)
         staging.check_target(self.path, folder=True, overwrite=overwrite)
         self._lock = staging.open_folder(self.path)
         try:
@@ -221,7 +210,7 @@ class FolderWriter(_Base):
         needed = sum(x.size for x in layouts.values()) + sum(map(len, others.values()))
         check_space(folder, needed, self.path)
         for name, data in others.items():
-            _write_file(folder, name, data)
+            staging.write_file(folder, name, data)
         for name, layout in layouts.items():
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             with os_failures(self.path):
@@ -238,26 +227,3 @@ class FolderWriter(_Base):
 
     def __enter__(self) -> FolderWriter:
         return self
-
-
-def _other_files(files: Mapping[str, bytes], layouts: Mapping[str, Layout]) -> dict[str, bytes]:
-    others = dict(files)
-    if len(layouts) > 1:
-        if INDEX_NAME in others:
-            refuse("SKT-093", "folder", f"{INDEX_NAME} is written by the writer itself")
-        others[INDEX_NAME] = index_json(layouts)
-    taken = {name: rules.FILE_PREFIX + str(i) for i, name in enumerate([*others, *layouts])}
-    if len(taken) != len(others) + len(layouts):
-        refuse("SKT-093", "folder", "a file has the name of a weight file")
-    check_paths(taken, "folder")
-    return others
-
-
-def _write_file(folder: Path, name: str, data: bytes) -> None:
-    path = folder / name
-    with os_failures(path if path.parent.is_dir() else folder, len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
