@@ -16,6 +16,8 @@ test: $(READY) lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/typecheck && mkdir -p build/typecheck/sketchconv
+	ln -s $(CURDIR)/sketchconv/* $(CURDIR)/formats $(CURDIR)/kernels build/typecheck/sketchconv/
 	$(BIN)/mypy
 
 bench: $(READY)

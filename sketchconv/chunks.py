@@ -38,7 +38,7 @@ def row_bytes(step: Step) -> int:
     if step.record is None:
         return 2 * raw + raw + 4 * columns
     # float32 values, indices, packed indices, LUT with its float64 scratch
-    lut = 16 * step.record.groups * 2**step.record.bits
+    lut = 16 * step.record.groups * (1 << step.record.bits)
     return 2 * raw + 4 * columns + columns + columns + lut
 
 

@@ -23,7 +23,7 @@ class Step:
         action: sketch, copy, alias (the bytes are another tensor's) or drop.
         reason: why, in words for the user.
         role: linear, head, embedding or other.
-        by_user: whether an option or the recipe named this tensor to be kept dense or dropped.
+        by_user: whether an option or the recipe named this tensor to be kept dense.
         record: how the sketch is stored; only for ``action == "sketch"``.
         nbytes: bytes of tensor data that the step adds to the output.
     """

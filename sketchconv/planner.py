@@ -67,17 +67,14 @@ class _Planner:
         if info.name in self.duplicates:
             reason = f"the same bytes as {self.duplicates[info.name]}"
             return Step(info, "alias", reason, role)
-        override = self.recipe.override_for(info.name)
-        if override is not None and override.action == "drop":
-            return Step(info, "drop", f"recipe: {override.match}", role, by_user=True)
         if info.name in self.extra:
             return Step(info, "drop", "the model has no such tensor", role)
-        reason = self._cannot_sketch(info, role)
-        if reason is not None:
-            return _copy(info, role, reason)
-        reason = self._not_wanted(info.name)
-        if reason is not None:
-            return _copy(info, role, reason, by_user=True)
+        obstacle = self._cannot_sketch(info, role)
+        if obstacle is not None:
+            return _copy(info, role, obstacle)
+        refusal = self._not_wanted(info.name)
+        if refusal is not None:
+            return _copy(info, role, refusal, by_user=True)
         if role != "linear" and self.recipe.embed_bits is None and not self._asked_for(info.name):
             return _copy(info, role, f"{role}: copied unless --embed-bits is given")
         return self._sketch(info, role)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from sketchconv.errors import RecipeError
 
-Action = Literal["sketch", "copy", "drop"]
+Action = Literal["sketch", "copy"]
 Weighting = Literal["moments", "equal"]
 LutDtype = Literal["F16", "BF16", "F32"]
 
@@ -145,7 +145,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values, for a sketch's metadata."""
-        return _plain(dataclasses.asdict(self))
+        values: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return values
 
 
 def _plain(value: Any) -> Any:

@@ -184,16 +184,20 @@ def _safetensors(path: Path) -> Summary:
 
 
 def _gguf(path: Path) -> Summary:
-    from sketchconv.sources.gguf_header import read_header, tensor_bytes, type_name
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    from sketchconv.sources.gguf_header import read_header
 
     header = read_header(path)
-    rows = tuple(
-        TensorRow(t.name, "copy", type_name(t.kind), t.shape, tensor_bytes(t))
-        for t in header.tensors.values()
-    )
+    kinds = {int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType}
+    rows = []
+    for tensor in header.tensors.values():
+        name, block, size = kinds.get(tensor.kind, (f"type {tensor.kind}", 1, 0))
+        nbytes = math.prod(tensor.shape) // block * size
+        rows.append(TensorRow(tensor.name, "copy", name, tensor.shape, nbytes))
     facts = [("format", f"GGUF, {len(rows)} tensors, {len(header.values)} metadata keys")]
     facts += [(k, v) for k, v in header.values.items() if isinstance(v, str) and len(v) < 200]
-    return Summary(str(path), "gguf", _disk_bytes(path), tuple(facts), rows)
+    return Summary(str(path), "gguf", _disk_bytes(path), tuple(facts), tuple(rows))
 
 
 def _disk_bytes(path: Path) -> int:
