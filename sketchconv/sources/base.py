@@ -25,6 +25,7 @@ class Source(Protocol):
         revision: the hub's commit, or None for a local source.
         format: "safetensors" or "gguf".
         paths: files and folders that an output must never replace.
+        nbytes: size of the weight files on disk.
         infos: for each tensor the shape, and the dtype in which a plain copy of it is stored.
     """
 
@@ -32,6 +33,7 @@ class Source(Protocol):
     revision: str | None
     format: str
     paths: tuple[Path, ...]
+    nbytes: int
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:

@@ -61,6 +61,7 @@ class CheckpointSource:
             self.close()
             raise
         self.paths: tuple[Path, ...] = (folder.root, *(c.path for c in self._containers))
+        self.nbytes = sum(container.size for container in self._containers)
 
     def _read_config(self) -> dict[str, Any]:
         if not self._folder.has("config.json"):

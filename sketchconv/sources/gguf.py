@@ -51,6 +51,7 @@ class GgufSource:
         self._path = path.resolve()
         self.paths: tuple[Path, ...] = (self._path,)
         self._header = read_header(self._path)
+        self.nbytes = self._header.size
         self._arch = find_architecture(self._header.values.get("general.architecture"), self.id)
         self._refuse_parts()
         self._tensors: dict[str, GgufTensor] = {}

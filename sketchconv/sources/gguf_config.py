@@ -181,14 +181,15 @@ def _llama3_scaling(
     GGUF keeps the resulting factor of each rotary frequency and not the four parameters. All
     Llama 3.1 to 3.3 models share three of them; the fourth is the largest factor.
     """
+    factor = float(max(factors, default=1.0))
     found = {
         "rope_type": "llama3",
-        "factor": float(max(factors, default=1.0)),
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    expected = _llama3_factors(base, head_dim, found["factor"])
+    expected = _llama3_factors(base, head_dim, factor)
     if len(factors) != len(expected) or not np.allclose(factors, expected, rtol=1e-4):
         raise metadata.fail(
             "rope_freqs.weight is not Llama 3's frequency scaling, and others are not supported;"
