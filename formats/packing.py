@@ -20,16 +20,6 @@ PLANES: Final[Mapping[int, tuple[int, ...]]] = MappingProxyType(
 )
 """The widths of the planes for each number of bits, in stored order."""
 
-_BYTES = np.arange(256, dtype=np.uint8)
-_FIELDS: Final[Mapping[int, U8Array]] = MappingProxyType(
-    {
-        width: np.stack(
-            [(_BYTES >> shift) & ((1 << width) - 1) for shift in range(0, 8, width)], axis=1
-        ).astype(np.uint8)
-        for width in (1, 2, 4)
-    }
-)
-
 
 def plane_size(count: int, width: int) -> int:
     """Return the bytes of one plane of `count` fields of `width` bits."""
@@ -74,6 +64,9 @@ def unpack(packed: U8Array, bits: int, count: int, *, strict: bool = False) -> U
         count: indices per group.
         strict: refuse padding bits that are not zero (SKT-071).
 
+    Returns:
+        A new array, except at 8 bits, where the packed bytes are the indices.
+
     Raises:
         ValueError: on a wrong size, or with `strict` on non-zero padding bits.
     """
@@ -111,16 +104,22 @@ def _check(count: int, bits: int) -> None:
 def _pack_plane(indices: U8Array, shift: int, width: int) -> U8Array:
     if width == 8:
         return indices.copy()
+    field = (indices >> np.uint8(shift)) & np.uint8((1 << width) - 1)
     if width == 1:
-        bit = (indices >> np.uint8(shift)) & np.uint8(1)
-        return np.packbits(bit, axis=-1, bitorder="little")
-    count, per = indices.shape[-1], 8 // width
-    size = plane_size(count, width)
-    out = np.zeros((*indices.shape[:-1], size), np.uint8)
-    for k in range(min(per, count)):
-        field = (indices[..., k::per] >> np.uint8(shift)) & np.uint8((1 << width) - 1)
-        out[..., : field.shape[-1]] |= field << np.uint8(k * width)
-    return out
+        return np.packbits(field, axis=-1, bitorder="little")
+    per = 8 // width
+    spare = -field.shape[-1] % per
+    if spare:
+        field = np.concatenate([field, np.zeros((*field.shape[:-1], spare), np.uint8)], axis=-1)
+    # One little-endian word holds the fields of one byte, a byte apart; fold them together.
+    word = np.ascontiguousarray(field).view("<u2" if width == 4 else "<u4")
+    if width == 4:
+        word = word | (word >> np.uint16(4))
+    else:
+        word = word | (word >> np.uint32(6))
+        word = word | (word >> np.uint32(12))
+    folded: U8Array = word.astype(np.uint8)
+    return folded
 
 
 def _unpack_plane(plane: U8Array, width: int, count: int) -> U8Array:
@@ -128,5 +127,12 @@ def _unpack_plane(plane: U8Array, width: int, count: int) -> U8Array:
         return plane
     if width == 1:
         return np.unpackbits(plane, axis=-1, count=count, bitorder="little")
-    fields = _FIELDS[width][plane]
-    return fields.reshape(*plane.shape[:-1], -1)[..., :count]
+    # The reverse of the folding: spread the fields of one byte over the bytes of one word.
+    if width == 4:
+        half = plane.astype("<u2")
+        fields: U8Array = ((half | (half << np.uint16(4))) & np.uint16(0x0F0F)).view(np.uint8)
+    else:
+        word = plane.astype("<u4")
+        word = (word | (word << np.uint32(12))) & np.uint32(0x000F000F)
+        fields = ((word | (word << np.uint32(6))) & np.uint32(0x03030303)).view(np.uint8)
+    return fields[..., :count]

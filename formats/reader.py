@@ -142,6 +142,10 @@ class SktchModel:
                 check_weight_map(found.weight_map, stored, root.name)
             model = cls(root, False, shards)
             check_tensors(model.manifest, model.tensors, root.name)
+            for name, shard in shards.items():
+                sentinel = shard.manifest.sentinel
+                if sentinel is not None and sentinel not in model.tensors:
+                    refuse("SKT-075", f"{root.name}/{name}", f"no sentinel tensor {sentinel}")
             if model.manifest.files:
                 refuse("SKT-107", root.name, "files inside the weights of a folder")
         except BaseException:

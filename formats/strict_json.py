@@ -23,9 +23,7 @@ _STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 _SURROGATE: Final = re.compile(rb"\\u[dD][89abAB]")
 _FIXED: Final = re.compile(r"[0-9]\.[0-9]{6}e[+-][0-9]{2}")
 _WHITESPACE: Final = b" \t\n\r"
-_DEPTH: Final = np.zeros(256, np.int8)
-_DEPTH[[ord("["), ord("{")]] = 1
-_DEPTH[[ord("]"), ord("}")]] = -1
+_NO_BRACKET: Final = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class Fixed(float):
@@ -124,6 +122,9 @@ def _decoded(raw: bytes, where: str) -> str:
 
 
 def _scan(raw: bytes, where: str, limits: Limits) -> None:
+    # A value has at most a key and a string of its own: four quotes that no backslash precedes.
+    if raw.count(b'"') - raw.count(b'\\"') > 4 * limits.values:
+        refuse("SKT-012", where, f"at most {limits.values} values, got far more")
     bare = _STRING.sub(b"", raw)
     if not limits.whitespace:
         end = raw.rfind(b"}") + 1
@@ -135,7 +136,9 @@ def _scan(raw: bytes, where: str, limits: Limits) -> None:
     values = bare.count(b",") + bare.count(b"[") + bare.count(b"{")
     if values > limits.values:
         refuse("SKT-012", where, f"at most {limits.values} values, got {values}")
-    depth = np.cumsum(_DEPTH[np.frombuffer(bare, np.uint8)], dtype=np.int32)
+    brackets = np.frombuffer(bare.translate(None, _NO_BRACKET), np.uint8)
+    opening = (brackets == ord("[")) | (brackets == ord("{"))
+    depth = np.cumsum(np.where(opening, np.int8(1), np.int8(-1)), dtype=np.int32)
     if depth.size and int(depth.max()) > limits.depth:
         refuse("SKT-012", where, f"at most {limits.depth} levels, got {int(depth.max())}")
 

@@ -15,7 +15,7 @@ from sketchconv.formats import rules
 from sketchconv.formats.digest import tensor_hash
 from sketchconv.formats.errors import FormatError
 from sketchconv.formats.folder import CONFIG_NAME
-from sketchconv.formats.header import canonical_header
+from sketchconv.formats.header import canonical_header, data_order
 from sketchconv.formats.packing import nonzero_padding
 from sketchconv.formats.reader import SktchFile, SktchModel
 from sketchconv.formats.sketches import SketchRecord
@@ -99,7 +99,9 @@ def _check_header(shard: SktchFile, name: str, model: SktchModel) -> Iterator[Fi
         yield Finding("SKT-043", name, f"unexpected metadata {key[:80]!r}")
     if model.is_bundle and Path(name).suffix == ".sktch":
         infos = [entry.info for entry in shard.container.entries.values()]
-        if canonical_header(metadata, infos) != shard.container.header():
+        if infos != data_order(infos):
+            yield Finding("SKT-030", name, "the tensors are not in canonical order")
+        elif canonical_header(metadata, infos) != shard.container.header():
             yield Finding("SKT-031", name, "the header is not in canonical form")
 
 
