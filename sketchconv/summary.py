@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sketchconv.errors import SourceError
 
-Storage = Literal["sketch", "copy", "alias", "file", "sentinel"]
+Storage = Literal["sketch", "dense", "alias", "file", "sentinel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class TensorRow:
     @property
     def parameters(self) -> int:
         """Number of values that the row stands for; files and aliases hold none."""
-        return self.count * math.prod(self.shape) if self.storage in ("sketch", "copy") else 0
+        return self.count * math.prod(self.shape) if self.storage in ("sketch", "dense") else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def _sketch(path: Path) -> Summary:
     for name, info in tensors.items():
         if name in parts:
             continue
-        storage: Storage = "file" if name in files else "copy"
+        storage: Storage = "file" if name in files else "dense"
         storage = "sentinel" if name == manifest.sentinel else storage
         rows.append(TensorRow(files.get(name, name), storage, info.dtype, info.shape, info.nbytes))
     rows += [TensorRow(f"{a} = {b}", "alias", "", (), 0) for a, b in manifest.aliases.items()]
@@ -178,8 +178,8 @@ def _safetensors(path: Path) -> Summary:
     for file in files:
         with Container.open(file, profile="safetensors") as container:
             infos = [entry.info for entry in container.entries.values()]
-            facts += [(key, value) for key, value in container.metadata.items()][:8]
-        rows += [TensorRow(i.name, "copy", i.dtype, i.shape, i.nbytes) for i in infos]
+            facts += [(f"metadata {k}", v) for k, v in container.metadata.items()][:8]
+        rows += [TensorRow(i.name, "dense", i.dtype, i.shape, i.nbytes) for i in infos]
     return Summary(str(path), "safetensors", _disk_bytes(path), tuple(facts), tuple(rows))
 
 
@@ -194,7 +194,7 @@ def _gguf(path: Path) -> Summary:
     for tensor in header.tensors.values():
         name, block, size = kinds.get(tensor.kind, (f"type {tensor.kind}", 1, 0))
         nbytes = math.prod(tensor.shape) // block * size
-        rows.append(TensorRow(tensor.name, "copy", name, tensor.shape, nbytes))
+        rows.append(TensorRow(tensor.name, "dense", name, tensor.shape, nbytes))
     facts = [("format", f"GGUF, {len(rows)} tensors, {len(header.values)} metadata keys")]
     facts += [(k, v) for k, v in header.values.items() if isinstance(v, str) and len(v) < 200]
     return Summary(str(path), "gguf", _disk_bytes(path), tuple(facts), tuple(rows))
