@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sketchconv.kernels.jit import jit
+from sketchconv.kernels.partition import cube_root
 
 DIGITS = 256
 
@@ -52,7 +53,7 @@ def sort_keys(bits: Any, keys: Any, spare: Any) -> None:
 def gather_atoms(
     x: Any, mass: Any, weighted: bool, keys: Any, values: Any, masses: Any, limit: int
 ) -> Any:
-    """Merge equal values: fill `values` and `masses` (float64), return (atoms, distinct).
+    """Merge equal values: fill `values` and `masses` (float64), return the number of atoms.
 
     Atoms without mass are left out, unless all distinct values fit into `limit` entries.
     """
@@ -75,7 +76,7 @@ def gather_atoms(
             values[count] = value
             masses[count] = m
             last = value
-    return count + 1, distinct
+    return count + 1
 
 
 @jit
@@ -98,6 +99,27 @@ def sum_atoms(values: Any, masses: Any, p0: Any, p1: Any, p2: Any) -> None:
         p0[i + 1] = p0[i] + masses[i]
         p1[i + 1] = p1[i] + masses[i] * d
         p2[i + 1] = p2[i] + masses[i] * d * d
+
+
+@jit
+def atom_density(values: Any, p0: Any, p1: Any, density: Any, places: Any) -> Any:
+    """(mass * width^2)^(1/3) of equal runs of atoms, and where they begin; returns the sum.
+
+    The width of a run reaches to the next one, in the units of the prefix sums.
+    """
+    n = values.size
+    blocks = density.size
+    first = p1[1] / p0[1]
+    unit = ((p1[n] - p1[n - 1]) / (p0[n] - p0[n - 1]) - first) / (values[n - 1] - values[0])
+    for b in range(blocks + 1):
+        places[b] = b * n // blocks
+    total = 0.0
+    for b in range(blocks):
+        begin, end = places[b], places[b + 1]
+        width = (values[min(end, n - 1)] - values[begin]) * unit
+        density[b] = cube_root((p0[end] - p0[begin]) * width * width)
+        total += density[b]
+    return total
 
 
 @jit

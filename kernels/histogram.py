@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from sketchconv.kernels.jit import jit
+from sketchconv.kernels.partition import cube_root
 
 LANES = 16
 SPREAD = 2.5066282746310002  # 2 * sqrt(pi / 2)
-BLOCKS = 64
-SMALLEST, LARGEST = 1e-30, 1e30
+BLOCKS = 32
 
 
 @jit
@@ -82,17 +82,18 @@ def find_bins(x: Any, centre: Any, scale: Any, count: int, bins: Any) -> None:
 @jit
 def fill_bins(x: Any, mass: Any, weighted: bool, centre: Any, bins: Any, h: Any) -> None:
     """Add every value's mass and m * (x - centre) to its bin of ``h[count, 2]``."""
+    origin = np.float64(centre)
     if weighted:
         for i in range(x.size):
             b = bins[i]
-            m = np.float64(mass[i])
+            m = mass[i]
             h[b, 0] += m
-            h[b, 1] += m * np.float64(x[i] - centre)
+            h[b, 1] += m * (x[i] - origin)
     else:
         for i in range(x.size):
             b = bins[i]
             h[b, 0] += 1.0
-            h[b, 1] += np.float64(x[i] - centre)
+            h[b, 1] += x[i] - origin
 
 
 @jit
@@ -112,5 +113,40 @@ def sum_bins(h: Any, inverse: float, p0: Any, p1: Any, p2: Any) -> Any:
         s0 += m
         s1 += d
         s2 += d * d / max(m, 1e-300)
-        p0[b + 1], p1[b + 1], p2[b + 1] = s0, s1, s2
+        p0[b + 1] = s0
+        p1[b + 1] = s1
+        p2[b + 1] = s2
     return used
+
+
+@jit
+def bin_density(p0: Any, p1: Any, density: Any, places: Any) -> None:
+    """(mass * width^2)^(1/3) of `BLOCKS` blocks of bins, and where they begin.
+
+    The outermost blocks have no end: they count as twice as wide as their mean is far.
+    """
+    step = (p0.size - 1) // BLOCKS
+    for b in range(BLOCKS):
+        begin, end = b * step, (b + 1) * step
+        places[b] = begin
+        low, high = abs(2.0 * b / BLOCKS - 1.0), abs(2.0 * (b + 1) / BLOCKS - 1.0)
+        mass = p0[end] - p0[begin]
+        if 0 < b < BLOCKS - 1:
+            width = abs(high / (1.0 - high) - low / (1.0 - low))
+        else:
+            near = min(low, high) / (1.0 - min(low, high))
+            mean = abs(p1[end] - p1[begin]) / max(mass, 1e-300)
+            width = 2.0 * max(mean - near, 0.0)
+        density[b] = cube_root(mass * width * width)
+    places[BLOCKS] = step * BLOCKS
+
+
+@jit
+def bin_means(p0: Any, p1: Any, centre: float, scale: float, bounds: Any, entries: Any) -> None:
+    """``entries[j]`` = mean of the values in bins ``bounds[j]`` to ``bounds[j + 1]``."""
+    for j in range(entries.size):
+        mass = p0[bounds[j + 1]] - p0[bounds[j]]
+        if mass > 0.0:
+            entries[j] = centre + scale * ((p1[bounds[j + 1]] - p1[bounds[j]]) / mass)
+        else:
+            entries[j] = entries[j - 1] if j else centre
