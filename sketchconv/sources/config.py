@@ -35,7 +35,8 @@ def parse_config(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SourceError(f"{where}: expected a JSON object, found {type(config).__name__}")
     refuse_quantized(config, where)
-    return strip_remote_code(config)
+    stripped: dict[str, Any] = strip_remote_code(config)
+    return stripped
 
 
 def strip_remote_code(value: Any) -> Any:

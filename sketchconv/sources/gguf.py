@@ -141,14 +141,13 @@ class GgufSource:
         """The values of `raw` [rows, ...], dequantized as the `gguf` package does it."""
         from gguf import GGMLQuantizationType, quants
 
-        tensor = self._tensor(name)
+        shape = self._tensor(name).shape[1:]
         kind, size = self._kinds[name]
+        if not raw:
+            return np.zeros((0, *shape), dtype=np.float32)
         blocks = np.frombuffer(raw, dtype=np.uint8).reshape(-1, size)
-        if kind == "F32":
-            values: Float32 = blocks.view("<f4")
-        else:
-            values = quants.dequantize(blocks, GGMLQuantizationType[kind])
-        return values.astype(np.float32, copy=False).reshape(len(blocks), *tensor.shape[1:])
+        values: Float32 = quants.dequantize(blocks, GGMLQuantizationType[kind])
+        return values.astype(np.float32, copy=False).reshape(len(blocks), *shape)
 
     def stored(self, name: str, raw: bytes) -> bytes:
         """`raw` itself for F32, F16 and BF16; quantized values rounded to BF16."""
@@ -191,7 +190,8 @@ def rotary_rows(rows: npt.NDArray[np.int64], head_rows: int) -> npt.NDArray[np.i
     """
     head, inner = np.divmod(rows, head_rows)
     half, index = np.divmod(inner, head_rows // 2)
-    return head * head_rows + 2 * index + half
+    stored: npt.NDArray[np.int64] = head * head_rows + 2 * index + half
+    return stored
 
 
 def _row_layout(tensor: GgufTensor, where: str) -> tuple[str, int]:

@@ -104,9 +104,10 @@ def _refuse_contents(repo: str, listed: list[str]) -> None:
 @contextmanager
 def _explained(repo: str, revision: str | None) -> Iterator[None]:
     """Turn the hub library's errors into one line each."""
-    import httpx
     from huggingface_hub import errors
 
+    # The base class of its HTTP library, which has had two names.
+    http_error: type[Exception] = getattr(errors, "HTTPError", OSError)
     cases: tuple[tuple[type[Exception], Callable[[Any], str]], ...] = (
         (errors.GatedRepoError, lambda _: _gated(repo)),
         (errors.RepositoryNotFoundError, lambda error: _not_found(repo, error)),
@@ -116,7 +117,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         (errors.EntryNotFoundError, lambda _: f"{repo}: a file has vanished; try again"),
         (errors.HfHubHTTPError, lambda error: _status(repo, error)),
         (errors.HFValidationError, lambda _: f"{repo!r} is not a valid hub id (org/name)"),
-        (httpx.HTTPError, lambda error: _unreachable(repo, error)),
+        (http_error, lambda error: _unreachable(repo, error)),
         (OSError, lambda error: _unreachable(repo, error)),
     )
     try:

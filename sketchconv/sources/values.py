@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from sketchconv.errors import SourceError
 from sketchconv.formats.tensors import TensorInfo, bf16_to_f32
@@ -59,7 +60,12 @@ def to_float32(raw: bytes, info: TensorInfo) -> Float32:
     if info.dtype not in FLOATS:
         raise SourceError(f"{info.name!r}: {info.dtype} values can be copied but not compressed")
     flat = np.frombuffer(raw, dtype=_CARRIERS[info.dtype])
-    values = bf16_to_f32(flat) if info.dtype == "BF16" else flat.astype(np.float32, copy=False)
+    if info.dtype == "BF16":
+        values = bf16_to_f32(flat)
+    elif info.dtype == "F64":
+        values = _narrowed(flat, info.name)
+    else:
+        values = flat.astype(np.float32, copy=False)
     width = math.prod(info.shape[1:])
     rows = values.size // width if width else 0
     return values.reshape(rows, *info.shape[1:])
@@ -68,5 +74,13 @@ def to_float32(raw: bytes, info: TensorInfo) -> Float32:
 def to_stored(raw: bytes, info: TensorInfo) -> bytes:
     """Bytes of whole rows in the dtype of `stored_info`."""
     if info.dtype == "F64":
-        return np.frombuffer(raw, dtype="<f8").astype("<f4").tobytes()
+        return _narrowed(np.frombuffer(raw, dtype="<f8"), info.name).tobytes()
     return raw
+
+
+def _narrowed(values: npt.NDArray[np.float64], name: str) -> Float32:
+    try:
+        with np.errstate(over="raise"):
+            return values.astype("<f4")
+    except FloatingPointError:
+        raise SourceError(f"{name!r}: F64 values beyond float32; repair the checkpoint") from None
