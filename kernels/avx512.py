@@ -33,6 +33,7 @@ from sketchconv.kernels.avx512_ir import (
     load,
     load_bytes,
     load_tables,
+    local,
     lookup,
     merge,
     plane_bytes,
@@ -131,7 +132,7 @@ def _emit_group(
 def _emit_row(b: Any, bits: int, lut: str, tokens: int, args: list[Any]) -> list[Any]:
     """One output row for `tokens` activations; see `row_dots` for the arguments."""
     index, tables_at, x, stride, groups, columns = args
-    sums = [[cgutils.alloca_once(b, VF32) for _ in range(4)] for _ in range(tokens)]
+    sums = [[local(b, VF32) for _ in range(4)] for _ in range(tokens)]
     for total in (total for row in sums for total in row):
         b.store(ir.Constant(VF32, None), total)
     sizes = plane_bytes(b, bits, columns)
@@ -199,8 +200,7 @@ def _emit_decode(b: Any, bits: int, lut: str, out: str, args: list[Any]) -> None
         decode(full, tail)
 
 
-@intrinsic(prefer_literal=True)
-def row_dots(
+def _row_dots(
     typing: Any,
     bits: Any,
     lut: Any,
@@ -219,7 +219,8 @@ def row_dots(
     activations, `stride` the bytes from one activation to the next, `columns` those of one group.
     """
     static = (bits.literal_value, lut.literal_value, tokens.literal_value)
-    result = types.UniTuple(types.float32, static[2])
+    tuple_type: Any = types.UniTuple
+    result = tuple_type(types.float32, static[2])
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return context.make_tuple(builder, result, _emit_row(builder, *static, list(args[4:])))
@@ -227,8 +228,7 @@ def row_dots(
     return result(bits, lut, tokens, edition, *[types.int64] * 6), codegen
 
 
-@intrinsic(prefer_literal=True)
-def decode_group(
+def _decode_group(
     typing: Any,
     bits: Any,
     lut: Any,
@@ -247,3 +247,7 @@ def decode_group(
         return context.get_dummy_value()
 
     return types.void(bits, lut, out, edition, *[types.int64] * 4), codegen
+
+
+row_dots: Any = intrinsic(prefer_literal=True)(_row_dots)
+decode_group: Any = intrinsic(prefer_literal=True)(_decode_group)

@@ -39,7 +39,14 @@ def pointer(b: Any, address: Any, kind: ir.Type) -> Any:
 def call(b: Any, name: str, result: ir.Type, args: list[Any]) -> Any:
     """Call the LLVM intrinsic `name`; its overload follows from the types of `args`."""
     kind = ir.FunctionType(result, [a.type for a in args])
-    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+    declare: Any = cgutils.get_or_insert_function
+    return b.call(declare(b.module, kind, name), args)
+
+
+def local(b: Any, kind: ir.Type) -> Any:
+    """A variable of the function; LLVM keeps it in a register."""
+    allocate: Any = cgutils.alloca_once
+    return allocate(b, kind)
 
 
 def load(b: Any, address: Any, kind: ir.Type) -> Any:

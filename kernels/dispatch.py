@@ -40,7 +40,8 @@ class Multiply(Protocol):
         groups: int,
         columns: int,
         /,
-    ) -> None: ...
+    ) -> None:
+        """Run the kernel."""
 
 
 class Decode(Protocol):
@@ -60,7 +61,8 @@ class Decode(Protocol):
         groups: int,
         columns: int,
         /,
-    ) -> None: ...
+    ) -> None:
+        """Run the kernel."""
 
 
 @dataclass(frozen=True, slots=True)

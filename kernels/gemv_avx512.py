@@ -6,13 +6,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray
 
 from sketchconv.kernels.avx512 import EDITION, decode_group, row_dots
 from sketchconv.kernels.avx512_ir import LANES, slots
 from sketchconv.kernels.jit import jit
 from sketchconv.kernels.planes import fields
-from sketchconv.kernels.pointers import pointer_to
+from sketchconv.kernels.pointers import carray, pointer_to
 
 ALIGNMENT = 64
 

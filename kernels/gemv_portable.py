@@ -10,10 +10,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numba import carray
 
 from sketchconv.kernels.jit import jit
-from sketchconv.kernels.pointers import pointer_to
+from sketchconv.kernels.pointers import carray, pointer_to
 
 KINDS = {"F16": 0, "BF16": 1, "F32": 2}
 SUM_LANES = 8

@@ -1,0 +1,90 @@
+"""Sketches in plain torch operations, for every device and dtype: slow, tiled, differentiable.
+
+The path of devices without kernels of their own (tried on the CPU only, so far not on a GPU), and
+of the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sketchconv.kernels.planes import fields
+
+TILE_ROWS = 256
+
+
+def unpack(index: Tensor, bits: int, columns: int) -> Tensor:
+    """Codes of a packed index: ``[rows, groups, bytes]`` to ``[rows, groups, columns]``, uint8.
+
+    `columns` are those of one group.
+    """
+    codes = torch.zeros((*index.shape[:-1], columns), dtype=torch.uint8, device=index.device)
+    base, first = 0, 0
+    for width in fields(bits):
+        size = -(-columns * width // 8)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=index.device)
+        split = (index[..., base : base + size].unsqueeze(-1) >> shifts) & (2**width - 1)
+        codes |= split.flatten(-2)[..., :columns] << first
+        base, first = base + size, first + width
+    return codes
+
+
+def decode(index: Tensor, lut: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Dense rows ``[rows, columns]`` of a sketch, in `dtype`; `columns` are those of a row."""
+    rows, groups, entries = lut.shape
+    codes = unpack(index, entries.bit_length() - 1, columns // groups)
+    return lut.to(dtype).gather(2, codes.long()).reshape(rows, columns)
+
+
+def multiply(x: Tensor, index: Tensor, lut: Tensor) -> Tensor:
+    """`x @ W.T` by tiles of decoded rows: ``[..., columns]`` to ``[..., rows]`` of one dtype."""
+    rows, columns = lut.shape[0], x.shape[-1]
+    parts = []
+    for begin in range(0, rows, TILE_ROWS):
+        tile = slice(begin, begin + TILE_ROWS)
+        parts.append(x @ decode(index[tile], lut[tile], columns, x.dtype).T)
+    return torch.cat(parts, -1)
+
+
+def grad_input(grad: Tensor, index: Tensor, lut: Tensor, columns: int) -> Tensor:
+    """`grad @ W` by tiles: ``[..., rows]`` to ``[..., columns]``, summed in float32 at least."""
+    total = grad.new_zeros((*grad.shape[:-1], columns), dtype=_sum_dtype(grad.dtype))
+    for begin in range(0, lut.shape[0], TILE_ROWS):
+        tile = slice(begin, begin + TILE_ROWS)
+        total += grad[..., tile] @ decode(index[tile], lut[tile], columns, grad.dtype)
+    return total.to(grad.dtype)
+
+
+def grad_lut(grad: Tensor, x: Tensor, index: Tensor, lut: Tensor) -> Tensor:
+    """Gradient of a LUT: the dense gradient `grad.T @ x` summed over the columns of each entry.
+
+    Args:
+        grad: gradient of the output, ``[tokens, rows]``.
+        x: input, ``[tokens, columns]``.
+        index: packed codes of the sketch.
+        lut: ``[rows, groups, 2**bits]``.
+
+    Returns:
+        float32 (float64 for float64 input) of the LUT's shape; only a tile of the dense gradient
+        exists at any time.
+    """
+    dtype = _sum_dtype(x.dtype)
+    total = torch.zeros(lut.shape, dtype=dtype, device=lut.device)
+    for begin in range(0, lut.shape[0], TILE_ROWS):
+        tile = slice(begin, begin + TILE_ROWS)
+        dense = (grad[:, tile].T @ x).to(dtype)
+        add_by_code(total[tile], index[tile], dense)
+    return total
+
+
+def add_by_code(total: Tensor, index: Tensor, dense: Tensor) -> None:
+    """`total[r, g, code[r, c]] += dense[r, c]` in place, with `dense` ``[rows, columns]``."""
+    rows, groups, entries = total.shape
+    width = dense.shape[1] // groups
+    codes = unpack(index, entries.bit_length() - 1, width).long()
+    total.scatter_add_(2, codes, dense.reshape(rows, groups, width))
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32

@@ -1,0 +1,105 @@
+"""Put sketch modules where a model has dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sketchconv.errors import LoadError
+from sketchconv.formats.sketches import SketchRecord
+from sketchconv.runtime.modules import SketchEmbedding, SketchLinear, SketchModule
+from sketchconv.runtime.names import Place
+
+LUT_TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+WEIGHT = ".weight"
+
+
+def replace_modules(
+    model: PreTrainedModel,
+    records: Mapping[str, SketchRecord],
+    at: Mapping[str, Place],
+    dtype: torch.dtype,
+) -> dict[str, SketchRecord]:
+    """Replace every module whose weight is sketched.
+
+    Args:
+        model: on the meta device, dense.
+        records: the sketches of the checkpoint, by weight name.
+        at: the place of each weight in the model.
+        dtype: dtype of the model.
+
+    Returns:
+        The record of each replaced module, by the module's path in the model.
+
+    Raises:
+        LoadError: a sketched weight has another shape in the model, or belongs to a module that
+            has no sketched form.
+    """
+    done = {}
+    for name, record in records.items():
+        place = at[name]
+        if not place.there:
+            continue
+        path = place.key.removesuffix(WEIGHT)
+        if place.merged or path == place.key:
+            raise LoadError(f"{name} is sketched, but the model merges it into {place.key}")
+        module = sketched(model.get_submodule(path), record, dtype)
+        model.set_submodule(path, module)
+        done[path] = record
+    return done
+
+
+def sketched(module: nn.Module, record: SketchRecord, dtype: torch.dtype) -> SketchModule:
+    """An empty sketch module on the meta device that takes the place of `module`.
+
+    Raises:
+        LoadError: as for `replace_modules`.
+    """
+    rows, columns = record.shape
+    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    if not linear and not isinstance(module, nn.Embedding):
+        raise LoadError(
+            f"{record.name} is sketched, but belongs to a {type(module).__name__}; "
+            "only Linear and Embedding have a sketched form"
+        )
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != record.shape:
+        shape = list(weight.shape) if isinstance(weight, torch.Tensor) else None
+        raise LoadError(f"{record.name} is {list(record.shape)}, the model expects {shape}")
+    lut_dtype = LUT_TORCH[record.lut_dtype]
+    if isinstance(module, nn.Embedding):
+        embedding = SketchEmbedding(
+            *(rows, columns, record.bits, record.groups),
+            padding_idx=module.padding_idx,
+            lut_dtype=lut_dtype,
+            device="meta",
+            dtype=dtype,
+        )
+        copy_scale(module, embedding)
+        return embedding
+    return SketchLinear(
+        *(columns, rows, record.bits, record.groups),
+        bias=module.bias is not None,
+        lut_dtype=lut_dtype,
+        device="meta",
+        dtype=dtype,
+    )
+
+
+def copy_scale(module: nn.Embedding, sketch: SketchEmbedding) -> None:
+    """Take over the factor of embeddings that scale their rows (Gemma 3, BART and others).
+
+    Raises:
+        LoadError: the embedding does something else of its own.
+    """
+    if type(module).forward is nn.Embedding.forward:
+        return
+    rounded = getattr(module, "scalar_embed_scale", None)  # multiplied in the model's dtype
+    exact = getattr(module, "embed_scale", None)
+    scale = exact if rounded is None else rounded
+    if "Scaled" not in type(module).__name__ or not isinstance(scale, int | float):
+        raise LoadError(f"an embedding of type {type(module).__name__} has no sketched form")
+    sketch.scale, sketch.round_scale = float(scale), rounded is not None
