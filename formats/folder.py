@@ -39,7 +39,7 @@ def find_shards(folder: str | os.PathLike[str]) -> Shards:
     """Find `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
 
     Raises:
-        FormatError: SKT-100 to SKT-104, and SKT-005 to SKT-012 for the index's JSON.
+        FormatError: SKT-100 to SKT-104, and SKT-006 to SKT-012 for the index's JSON.
         OSError: if the folder is not readable.
     """
     root = Path(folder)
@@ -58,18 +58,18 @@ def find_shards(folder: str | os.PathLike[str]) -> Shards:
     return Shards({name: safe_member(root, name) for name in names}, weight_map)
 
 
-def safe_member(root: Path, name: str) -> Path:
+def safe_member(root: Path, name: str, missing: str = "SKT-104") -> Path:
     """Return the real path of a regular file of a folder, following only links that may be.
 
     Raises:
-        FormatError: SKT-001, SKT-103 or SKT-104.
+        FormatError: SKT-001, SKT-103, or `missing` if it is not there.
     """
     where = f"{root.name}/{name}"
     try:
         real = (root / name).resolve(strict=True)
         home = root.resolve(strict=True)
     except FileNotFoundError:
-        refuse("SKT-104", where, "the file is missing")
+        refuse(missing, where, "the file is missing")
     except (OSError, RuntimeError):
         refuse("SKT-103", where, "the link leads in a circle or cannot be followed")
     if not real.is_relative_to(home) and not _in_blobs(real, home):
@@ -79,16 +79,17 @@ def safe_member(root: Path, name: str) -> Path:
     return real
 
 
-def read_member(root: Path, name: str, limit: int) -> bytes:
+def read_member(root: Path, name: str, limit: int, requirement: str = "SKT-108") -> bytes:
     """Return the bytes of a small file of a folder.
 
     Raises:
-        FormatError: SKT-103 or SKT-104 as `safe_member`; SKT-012 if it is larger than `limit`.
+        FormatError: SKT-001 or SKT-103 as `safe_member`; `requirement` if the file is missing or
+            larger than `limit`.
     """
-    fd, size = open_regular(safe_member(root, name))
+    fd, size = open_regular(safe_member(root, name, requirement))
     try:
         if size > limit:
-            refuse("SKT-012", f"{root.name}/{name}", f"at most {limit} bytes, got {size}")
+            refuse(requirement, f"{root.name}/{name}", f"at most {limit} bytes, got {size}")
         return pread_exact(fd, size, 0, f"{root.name}/{name}")
     finally:
         os.close(fd)
@@ -111,7 +112,7 @@ def parse_config(raw: bytes, where: str) -> dict[str, Any]:
 
 def _read_index(root: Path) -> dict[str, str]:
     where = f"{root.name}/{INDEX_NAME}"
-    raw = read_member(root, INDEX_NAME, rules.MAX_HEADER).strip()
+    raw = read_member(root, INDEX_NAME, rules.MAX_HEADER, "SKT-101").strip()
     weight_map = loads(raw, where, _INDEX_LIMITS).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         refuse("SKT-101", where, f"weight_map must be an object, got {shown(weight_map)}")

@@ -82,6 +82,8 @@ def parse_header(
     Raises:
         FormatError: SKT-005 to SKT-012 and SKT-020 to SKT-029, SKT-040.
     """
+    if raw[:1] != b"{":
+        refuse("SKT-005", where, f"expected '{{' as the header's first byte, got {shown(raw[:4])}")
     root = loads(raw, f"{where}: header", profile.json)
     metadata = _metadata(root.pop(METADATA, {}), where)
     if len(root) > profile.max_tensors:

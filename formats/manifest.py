@@ -16,7 +16,7 @@ from sketchconv.formats.strict_json import Fixed, Limits, dumps, loads
 
 __all__ = ["Manifest", "SketchRecord"]
 
-LIMITS: Final = Limits(rules.MAX_DOCUMENT_DEPTH, rules.MAX_VALUES, fixed=True)
+LIMITS: Final = Limits(rules.MAX_DOCUMENT_DEPTH, rules.MAX_VALUES, whitespace=True, fixed=True)
 MEMBERS: Final = frozenset(
     {"aliases", "digests", "errors", "extensions", "files", "kind", "packing", "recipe", "seal"}
     | {"sentinel", "sketches", "source", "tool", "version"}
@@ -100,7 +100,7 @@ class Manifest:
             where: the file, for the error.
 
         Raises:
-            FormatError: SKT-005 to SKT-012 for the JSON, SKT-050 to SKT-066, SKT-080, SKT-082,
+            FormatError: SKT-006 to SKT-012 for the JSON, SKT-050 to SKT-066, SKT-080, SKT-082,
                 SKT-085, SKT-090, SKT-091 and SKT-093 for what one document can break by itself.
         """
         at = f"{where}: document"

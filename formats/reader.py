@@ -26,6 +26,8 @@ from sketchconv.formats.manifest import Manifest
 from sketchconv.formats.merge import check_weight_map, merge_manifests
 from sketchconv.formats.tensors import F32Array, TensorInfo
 
+_MAX_FILE = 1 << 30
+
 
 class SktchFile:
     """One open file with its document. Use `SktchFile.open`; close it, or use it in a `with`."""
@@ -186,13 +188,13 @@ class SktchModel:
         """
         if self.is_bundle:
             return next(iter(self.shards.values())).file(path)
-        return read_member(self.path, path, rules.MAX_HEADER)
+        return read_member(self.path, path, _MAX_FILE, "SKT-104")
 
     def config(self) -> dict[str, Any]:
         """Return `config.json` as a dict.
 
         Raises:
-            FormatError: SKT-104 or SKT-108 if it is missing or not a JSON object.
+            FormatError: SKT-108 if it is missing or not a JSON object.
         """
         where = f"{self.path.name}: {CONFIG_NAME}"
         if not self.is_bundle:

@@ -20,7 +20,7 @@ from sketchconv.formats.rules import MAX_INTEGER
 
 # An unterminated string runs to the end of the text, so that the scan is linear on any input.
 _STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
-_SURROGATE: Final = re.compile(rb"\\u[dD][89abAB]")
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _FIXED: Final = re.compile(r"[0-9]\.[0-9]{6}e[+-][0-9]{2}")
 _WHITESPACE: Final = b" \t\n\r"
 _NO_BRACKET: Final = bytes(set(range(256)) - set(b"[]{}"))
@@ -65,15 +65,13 @@ def loads(raw: bytes, where: str, limits: Limits) -> dict[str, Any]:
     """Parse one JSON object strictly.
 
     Args:
-        raw: UTF-8 text that starts with `{`; only trailing spaces may follow the object.
+        raw: UTF-8 text of one object.
         where: file and field, for the error.
         limits: depth, number of values, looseness.
 
     Raises:
-        FormatError: SKT-005 to SKT-012; nothing else, whatever the bytes are.
+        FormatError: SKT-006 to SKT-012; nothing else, whatever the bytes are.
     """
-    if raw[:1] != b"{":
-        refuse("SKT-005", where, f"expected '{{' as the first byte, got {shown(raw[:4])}")
     text = _decoded(raw, where)
     _scan(raw, where, limits)
     value = _parse(text, where, limits)
@@ -198,7 +196,7 @@ def _constant_hook(where: str, limits: Limits) -> Callable[[str], float]:
     def hook(name: str) -> float:
         if limits.any_number:
             return float(name)
-        return refuse("SKT-010", where, f"{name} is not JSON")
+        return refuse("SKT-008", where, f"{name} is not JSON")
 
     return hook
 

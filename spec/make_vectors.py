@@ -1,0 +1,87 @@
+"""Write the test vectors of `sktch.md`: valid files with their values, invalid files by number.
+
+    python spec/make_vectors.py [FOLDER]        (default: the folder `vectors` beside this file)
+
+Written from the specification alone, with the standard library: it shares no code with any
+reader or writer, so that a mistake in one of them cannot hide in both.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from vectorlib.broken_container import broken_bytes, broken_json, broken_metadata, broken_tensors
+from vectorlib.broken_document import broken_document, broken_rest, broken_sketches
+from vectorlib.broken_forms import broken_files, broken_folders
+from vectorlib.material import model, with_files
+from vectorlib.plain import build
+from vectorlib.valid import CONFIG, expected, folders, valid_documents, valid_plain, valid_sketches
+
+VALID = (valid_plain, valid_sketches, valid_documents)
+BROKEN = (
+    broken_bytes,
+    broken_json,
+    broken_tensors,
+    broken_metadata,
+    broken_document,
+    broken_sketches,
+    broken_rest,
+    broken_files,
+)
+
+
+def write(folder, path, data):
+    """Write one file below a folder."""
+    target = folder / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+
+
+def write_json(folder, path, value):
+    """Write one JSON file below a folder."""
+    write(folder, path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_valid(out):
+    """Write all valid vectors."""
+    for make in VALID:
+        for name, sketches, plain, members, files in make():
+            document, tensors = model(sketches, plain, **members)
+            if files:
+                document, tensors = with_files(document, tensors, files)
+            write(out, f"valid/{name}.sktch", build(document, tensors))
+            write_json(out, f"valid/{name}.json", expected(document, tensors, sketches, files))
+    for name, content, want in folders():
+        for path, data in {**content, "config.json": CONFIG}.items():
+            write(out, f"valid/{name}/{path}", data)
+        write_json(out, f"valid/{name}.json", want)
+
+
+def write_invalid(out):
+    """Write all invalid vectors and their list."""
+    listed = []
+    for make in BROKEN:
+        for requirement, name, data in make():
+            file = f"{name.rstrip('-').lower()}.sktch"
+            write(out, f"invalid/{file}", data)
+            listed.append({"file": file, "requirement": requirement})
+    for requirement, name, content in broken_folders():
+        if not name.startswith("config-"):
+            content = {**content, "config.json": CONFIG}
+        for path, data in content.items():
+            write(out, f"invalid/{name}/{path}", data)
+        listed.append({"file": name, "requirement": requirement})
+    if len({x["file"] for x in listed}) != len(listed):
+        raise ValueError("two vectors of one name")
+    write_json(out, "invalid.json", sorted(listed, key=lambda x: (x["requirement"], x["file"])))
+
+
+def main():
+    """Write everything."""
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent / "vectors"
+    write_valid(out)
+    write_invalid(out)
+
+
+if __name__ == "__main__":
+    main()
