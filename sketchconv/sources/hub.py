@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sketchconv.errors import HubError
+from sketchconv.sources.config import MAX_CONFIG_BYTES, parse_config, read_limited
 from sketchconv.sources.files import is_side_file
-from sketchconv.sources.shards import INDEX, SINGLE, parse_weight_map
+from sketchconv.sources.shards import INDEX, MAX_INDEX_BYTES, SINGLE, parse_weight_map
 from sketchconv.sources.sniff import refuse_pickles
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -35,8 +36,8 @@ def download(repo: str, *, revision: str | None = None, token: str | None = None
     """Download the repository's weights and side files into the Hugging Face cache.
 
     The file list comes first, so that a repository without safetensors is refused before anything
-    large is downloaded; every file is of the one commit that the list belongs to. With
-    `HF_HUB_OFFLINE` set, the cache alone is used.
+    large is downloaded; all files are of one commit. With `HF_HUB_OFFLINE` set, the cache alone is
+    used.
 
     Args:
         repo: `org/name`.
@@ -61,24 +62,31 @@ def _download(repo: str, revision: str | None, token: str | None) -> Snapshot:
     commit = info.sha or revision or "main"
     listed = [item.rfilename for item in info.siblings or []]
     names = [name for name in listed if is_side_file(name)]
+    if "config.json" in listed:
+        # A quantized checkpoint is refused before its shards are downloaded.
+        config = hf_hub_download(repo, "config.json", revision=commit, token=token)
+        parse_config(read_limited(Path(config), MAX_CONFIG_BYTES), f"{repo}/config.json")
     if SINGLE in listed:
         names.append(SINGLE)
     elif INDEX in listed:
         index = hf_hub_download(repo, INDEX, revision=commit, token=token)
-        shards = set(parse_weight_map(Path(index).read_bytes(), f"{repo}/{INDEX}").values())
+        data = read_limited(Path(index), MAX_INDEX_BYTES)
+        shards = set(parse_weight_map(data, f"{repo}/{INDEX}").values())
         _refuse_absent(repo, sorted(shards.difference(listed)))
         names.extend([INDEX, *sorted(shards)])
     else:
         _refuse_contents(repo, listed)
     patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in names]
-    folder = snapshot_download(repo, revision=commit, allow_patterns=patterns, token=token)
-    return Snapshot(Path(folder), commit)
+    # By the branch's name, so that the cache remembers what it stands for when offline.
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, token=token))
+    return Snapshot(folder, folder.name)
 
 
 def _cached(repo: str, revision: str | None) -> Snapshot:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download
 
-    folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    config = hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)
+    folder = Path(config).parent
     return Snapshot(folder, folder.name)
 
 
