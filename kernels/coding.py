@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from sketchconv.kernels.jit import jit
+from sketchconv.kernels.sweeps import LANES, TOGETHER, count_eight, search_fifteen, square_sums
 
 F16, BF16, F32 = 0, 1, 2
-LANES = 16
-BLOCK = 256
+BLOCK = 1024
 
 
 @jit
@@ -72,48 +72,35 @@ def fill_thresholds(cast: Any, thresholds: Any) -> None:
 @jit
 def count_above(x: Any, thresholds: Any, codes: Any) -> None:
     """``codes[i]`` = number of thresholds below ``x[i]``; thresholds padded to a multiple of 8."""
-    count = np.empty(BLOCK, np.int32)
-    for begin in range(0, x.size, BLOCK):
-        part = x[begin : begin + BLOCK]
-        out = codes[begin : begin + BLOCK]
-        size = part.size
-        count[:] = 0
-        for t in range(0, thresholds.size, 8):
-            t0, t1, t2, t3 = thresholds[t], thresholds[t + 1], thresholds[t + 2], thresholds[t + 3]
-            t4, t5, t6 = thresholds[t + 4], thresholds[t + 5], thresholds[t + 6]
-            t7 = thresholds[t + 7]
-            for i in range(size):
-                v = part[i]
-                low = np.int32(v > t0) + np.int32(v > t1) + np.int32(v > t2) + np.int32(v > t3)
-                high = np.int32(v > t4) + np.int32(v > t5) + np.int32(v > t6) + np.int32(v > t7)
-                count[i] += np.int32(low + high)
-        for i in range(size):
-            out[i] = np.uint8(count[i])
+    whole = x.size - x.size % LANES
+    if thresholds.size == 16:
+        search_fifteen(x, thresholds, codes, whole)
+    for begin in range(0, x.size if thresholds.size != 16 else 0, BLOCK):
+        part, out = x[begin:], codes[begin:]
+        size = min(BLOCK, max(whole - begin, 0))
+        out[:size] = 0
+        for t in range(0, thresholds.size, TOGETHER):
+            count_eight(part, thresholds[t:], out, size)
+    for i in range(whole, x.size):
+        count = 0
+        for t in range(thresholds.size):
+            count += x[i] > thresholds[t]
+        codes[i] = np.uint8(count)
 
 
 @jit
-def squares(x: Any, cast: Any, codes: Any, lanes: Any) -> Any:
-    """Sums of (x - entry)^2 and x^2 in float64, over 16 lanes in a fixed order."""
-    error, norm = lanes[0], lanes[1]
-    error[:] = 0.0
-    norm[:] = 0.0
-    whole = x.size // LANES
-    for block in range(whole):
-        part = x[block * LANES : block * LANES + LANES]
-        code = codes[block * LANES : block * LANES + LANES]
-        for lane in range(LANES):
-            value = np.float64(part[lane])
-            gap = value - np.float64(cast[code[lane]])
-            error[lane] += gap * gap
-            norm[lane] += value * value
-    e = 0.0
-    s = 0.0
-    for lane in range(LANES):
-        e += error[lane]
-        s += norm[lane]
-    for i in range(whole * LANES, x.size):
+def squares(x: Any, cast: Any, codes: Any, gaps: Any) -> Any:
+    """Sums of (x - entry)^2 and x^2 in float64, in an order that the size fixes.
+
+    ``gaps[n]`` is scratch for the differences, which float32 holds to its last place.
+    """
+    for i in range(x.size):
+        gaps[i] = x[i] - cast[codes[i]]
+    whole = x.size - x.size % LANES
+    error, norm = square_sums(x, gaps, whole)
+    for i in range(whole, x.size):
+        gap = np.float64(gaps[i])
         value = np.float64(x[i])
-        gap = value - np.float64(cast[codes[i]])
-        e += gap * gap
-        s += value * value
-    return e, s
+        error += gap * gap
+        norm += value * value
+    return error, norm

@@ -103,13 +103,13 @@ def solve_rows(
         LutRangeError: an entry overflows `lut_dtype`.
         ValueError: an argument is out of its range, or `weight` holds NaN or infinity.
     """
-    source, mass = _checked(weight, bits, groups, column_weights, lut_dtype)
+    source, mass = _checked(weight, bits, groups, column_weights, lut_dtype, threads)
     rows, columns = source.shape
     codes = np.empty((rows, columns), np.uint8)
     luts = np.empty((rows, groups, 1 << bits), np.float32)
     error, norm = np.empty(rows), np.empty(rows)
     words = source.view(np.uint32)
-    masses = np.ones((groups, 1)) if mass is None else mass
+    masses = np.ones((groups, columns // groups), np.float32) if mass is None else mass
     for_spans(
         lambda b, e: solve_span(
             source, words, masses, mass is not None, exact, KINDS[lut_dtype],
@@ -128,7 +128,8 @@ def _checked(
     groups: int,
     column_weights: NDArray[np.floating] | None,
     lut_dtype: str,
-) -> tuple[NDArray[np.float32], NDArray[np.float64] | None]:
+    threads: int | None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     if weight.ndim != 2 or weight.dtype != np.float32 or weight.shape[1] < 1:
         raise ValueError(
             f"weight must be float32 [rows, columns], not {weight.dtype} {weight.shape}"
@@ -139,7 +140,7 @@ def _checked(
         raise ValueError(f"{groups} groups do not divide {weight.shape[1]} columns")
     if lut_dtype not in KINDS:
         raise ValueError(f"lut_dtype is {lut_dtype!r}, must be one of {', '.join(KINDS)}")
-    bad = nonfinite_rows(weight)
+    bad = nonfinite_rows(weight, threads=threads)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise ValueError(f"row {row} has {int(bad[row])} values that are not finite")
@@ -149,7 +150,7 @@ def _checked(
     return source, _masses(np.asarray(column_weights, np.float64), weight.shape[1], groups)
 
 
-def _masses(weights: NDArray[np.float64], columns: int, groups: int) -> NDArray[np.float64]:
+def _masses(weights: NDArray[np.float64], columns: int, groups: int) -> NDArray[np.float32]:
     """Column weights ``[groups, columns / groups]``, each group scaled to mean 1."""
     if weights.shape != (columns,):
         raise ValueError(f"column_weights has shape {weights.shape}, the rows {columns} columns")
@@ -160,8 +161,7 @@ def _masses(weights: NDArray[np.float64], columns: int, groups: int) -> NDArray[
     mass = weights.reshape(groups, -1).copy()
     mass[mass.max(axis=1) == 0] = 1.0
     mass /= mass.max(axis=1, keepdims=True)
-    scaled: NDArray[np.float64] = mass / mass.mean(axis=1, keepdims=True)
-    return scaled
+    return (mass / mass.mean(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _carrier(

@@ -14,58 +14,33 @@ import numpy as np
 
 from sketchconv.kernels.jit import jit
 from sketchconv.kernels.partition import cube_root
+from sketchconv.kernels.sweeps import LANES, deviation_sum, moment_sums
 
-LANES = 16
 SPREAD = 2.5066282746310002  # 2 * sqrt(pi / 2)
 BLOCKS = 32
+SAMPLES = 64
 
 
 @jit
-def _lane_sum(lanes: Any) -> Any:
+def rough_mean(x: Any) -> Any:
+    """Mean of up to about 64 values, evenly spaced: it only places the bins."""
+    step = max(x.size // SAMPLES, 1)
     total = 0.0
-    for lane in range(LANES):
-        total += np.float64(lanes[lane])
-    return total
+    count = 0
+    for i in range(0, x.size, step):
+        total += x[i]
+        count += 1
+    return np.float32(total / count)
 
 
 @jit
-def mean_value(x: Any, mass: Any, weighted: bool, lanes: Any) -> Any:
-    """Mean of x, good to float32: it only places the bins."""
-    lanes[:] = 0
-    whole = x.size // LANES
-    for block in range(whole):
-        part = x[block * LANES : block * LANES + LANES]
-        if weighted:
-            m = mass[block * LANES : block * LANES + LANES]
-            for lane in range(LANES):
-                lanes[lane] += part[lane] * m[lane]
-        else:
-            for lane in range(LANES):
-                lanes[lane] += part[lane]
-    total = _lane_sum(lanes)
-    for i in range(whole * LANES, x.size):
-        total += x[i] * (mass[i] if weighted else np.float32(1.0))
-    return total / x.size
-
-
-@jit
-def mean_deviation(x: Any, mass: Any, weighted: bool, centre: Any, lanes: Any) -> Any:
-    """Mean of |x - centre|."""
-    lanes[:] = 0
-    whole = x.size // LANES
-    for block in range(whole):
-        part = x[block * LANES : block * LANES + LANES]
-        if weighted:
-            m = mass[block * LANES : block * LANES + LANES]
-            for lane in range(LANES):
-                lanes[lane] += abs(part[lane] - centre) * m[lane]
-        else:
-            for lane in range(LANES):
-                lanes[lane] += abs(part[lane] - centre)
-    total = _lane_sum(lanes)
-    for i in range(whole * LANES, x.size):
-        total += abs(x[i] - centre) * (mass[i] if weighted else np.float32(1.0))
-    return total / x.size
+def mean_deviation(x: Any, mass: Any, centre: Any) -> Any:
+    """Weighted mean of |x - centre|, mean of the masses being 1."""
+    whole = x.size - x.size % LANES
+    total = np.float64(deviation_sum(x, mass, whole, centre))
+    for i in range(whole, x.size):
+        total += abs(x[i] - centre) * mass[i]
+    return np.float32(total / x.size)
 
 
 @jit
@@ -81,19 +56,20 @@ def find_bins(x: Any, centre: Any, scale: Any, count: int, bins: Any) -> None:
 
 @jit
 def fill_bins(x: Any, mass: Any, weighted: bool, centre: Any, bins: Any, h: Any) -> None:
-    """Add every value's mass and m * (x - centre) to its bin of ``h[count, 2]``."""
+    """Add every value's mass and m * (x - centre) to its bin of ``h[2, count]``."""
     origin = np.float64(centre)
+    mass_of, first_of = h[0], h[1]
     if weighted:
         for i in range(x.size):
             b = bins[i]
             m = mass[i]
-            h[b, 0] += m
-            h[b, 1] += m * (x[i] - origin)
+            mass_of[b] += m
+            first_of[b] += m * (x[i] - origin)
     else:
         for i in range(x.size):
             b = bins[i]
-            h[b, 0] += 1.0
-            h[b, 1] += x[i] - origin
+            mass_of[b] += 1.0
+            first_of[b] += x[i] - origin
 
 
 @jit
@@ -102,21 +78,10 @@ def sum_bins(h: Any, inverse: float, p0: Any, p1: Any, p2: Any) -> Any:
 
     The spread inside a bin is the same for every partition and left out.
     """
-    used = 0
-    s0 = s1 = s2 = 0.0
-    p0[0] = p1[0] = p2[0] = 0.0
-    for b in range(h.shape[0]):
-        m = h[b, 0]
-        d = h[b, 1] * inverse
-        h[b, 0] = h[b, 1] = 0.0
-        used += m > 0.0
-        s0 += m
-        s1 += d
-        s2 += d * d / max(m, 1e-300)
-        p0[b + 1] = s0
-        p1[b + 1] = s1
-        p2[b + 1] = s2
-    return used
+    p0[0] = 0.0
+    p1[0] = 0.0
+    p2[0] = 0.0
+    return moment_sums(h[0], h[1], h.shape[1], inverse, p0[1:], p1[1:], p2[1:])
 
 
 @jit
@@ -127,17 +92,21 @@ def bin_density(p0: Any, p1: Any, density: Any, places: Any) -> None:
     """
     step = (p0.size - 1) // BLOCKS
     for b in range(BLOCKS):
-        begin, end = b * step, (b + 1) * step
-        places[b] = begin
-        low, high = abs(2.0 * b / BLOCKS - 1.0), abs(2.0 * (b + 1) / BLOCKS - 1.0)
-        mass = p0[end] - p0[begin]
+        places[b] = b * step
+        low = abs(2.0 * b / BLOCKS - 1.0)
+        high = abs(2.0 * (b + 1) / BLOCKS - 1.0)
+        width = 0.0
         if 0 < b < BLOCKS - 1:
-            width = abs(high / (1.0 - high) - low / (1.0 - low))
-        else:
-            near = min(low, high) / (1.0 - min(low, high))
-            mean = abs(p1[end] - p1[begin]) / max(mass, 1e-300)
-            width = 2.0 * max(mean - near, 0.0)
-        density[b] = cube_root(mass * width * width)
+            width = high / (1.0 - high) - low / (1.0 - low)
+        density[b] = (p0[(b + 1) * step] - p0[b * step]) * width * width
+    near = (1.0 - 2.0 / BLOCKS) / (2.0 / BLOCKS)
+    for b in (0, BLOCKS - 1):
+        mass = p0[(b + 1) * step] - p0[b * step]
+        mean = abs(p1[(b + 1) * step] - p1[b * step]) / max(mass, 1e-300)
+        width = 2.0 * max(mean - near, 0.0)
+        density[b] = mass * width * width
+    for b in range(BLOCKS):
+        density[b] = cube_root(density[b])
     places[BLOCKS] = step * BLOCKS
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sketchconv.kernels.banded import BAND, banded_step
 from sketchconv.kernels.jit import jit
-from sketchconv.kernels.vectors import BAND, banded_step
 
 HALF = BAND // 2
 PER_CLUSTER = 4

@@ -24,7 +24,7 @@ from sketchconv.kernels.histogram import (
     fill_bins,
     find_bins,
     mean_deviation,
-    mean_value,
+    rough_mean,
     sum_bins,
 )
 from sketchconv.kernels.jit import jit
@@ -58,10 +58,10 @@ class Scratch(NamedTuple):
     places: NDArray[np.int64]
     edges: NDArray[np.int64]
     bins: NDArray[np.uint16]  # [n]
-    histogram: NDArray[np.float64]  # [bins, 2]
+    histogram: NDArray[np.float64]  # [2, bins]
     keys: NDArray[np.uint64]  # [2, n]
     atoms: NDArray[np.float64]  # [2, n] values, masses
-    lanes: NDArray[np.float32]  # [16]
+    gaps: NDArray[np.float32]  # [n]
 
 
 @jit
@@ -78,10 +78,10 @@ def make_scratch(n: int, k: int) -> Any:
         np.zeros(blocks + 1, np.int64),
         np.zeros(max(PER_CLUSTER, CELLS) * k + 1, np.int64),
         np.zeros(n, np.uint16),
-        np.zeros((bins, 2)),
+        np.zeros((2, bins)),
         np.zeros((2, n), np.uint64),
         np.zeros((2, n)),
-        np.zeros(16, np.float32),
+        np.zeros(n, np.float32),
     )
 
 
@@ -89,11 +89,11 @@ def make_scratch(n: int, k: int) -> Any:
 def _solve_bins(x: Any, mass: Any, weighted: bool, s: Any) -> Any:
     """Fill ``s.entries`` by way of a histogram; False where its resolution would not do."""
     k = s.entries.size
-    centre = np.float32(mean_value(x, mass, weighted, s.lanes))
-    scale = np.float32(SPREAD * mean_deviation(x, mass, weighted, centre, s.lanes))
+    centre = rough_mean(x)
+    scale = np.float32(SPREAD * mean_deviation(x, mass, centre))
     if not (SMALLEST < scale < LARGEST and abs(centre) < LARGEST):
         return False
-    count = s.histogram.shape[0]
+    count = s.histogram.shape[1]
     p0, p1, p2 = s.prefix[0, : count + 1], s.prefix[1, : count + 1], s.prefix[2, : count + 1]
     find_bins(x, centre, scale, count, s.bins)
     fill_bins(x, mass, weighted, centre, s.bins, s.histogram)
@@ -111,7 +111,7 @@ def _solve_bins(x: Any, mass: Any, weighted: bool, s: Any) -> Any:
 
 @jit
 def _near_bounds(values: Any, p0: Any, p1: Any, p2: Any, s: Any) -> None:
-    """Near-optimal partition of sorted atoms, on cells of a sixth of a cluster where they abound."""
+    """Near-optimal partition of sorted atoms, on cells of a sixth of a cluster if many."""
     k = s.entries.size
     blocks = max(values.size // PER_BLOCK, 1)
     density, places = s.density[:blocks], s.places[: blocks + 1]
@@ -175,7 +175,7 @@ def solve_span(
 ) -> None:
     """Solve the rows from `begin` to `end`; `words` is the uint32 view of `weight`.
 
-    `mass` is float64 ``[groups, columns / groups]`` with mean 1 per group; `luts` float32
+    `mass` is float32 ``[groups, columns / groups]`` with mean 1 per group; `luts` float32
     ``[rows, groups, k]`` receives the rounded entries.
     """
     groups, k = luts.shape[1], luts.shape[2]
@@ -185,7 +185,6 @@ def solve_span(
     cast_words = np.empty(k, np.uint32)
     cast = cast_words.view(np.float32)
     thresholds = np.empty((k + 6) // 8 * 8, np.float32)
-    lanes = np.empty((2, 16))
     for row in range(begin, end):
         error[row] = 0.0
         norm[row] = 0.0
@@ -198,6 +197,6 @@ def solve_span(
             luts[row, group] = cast
             fill_thresholds(cast, thresholds)
             count_above(x, thresholds, code)
-            e, s = squares(x, cast, code, lanes)
+            e, s = squares(x, cast, code, scratch.gaps)
             error[row] += e
             norm[row] += s

@@ -1,118 +1,104 @@
-"""One step of the banded program as explicit vectors of eight lanes.
+"""Explicit vectors inside compiled kernels: helpers that build LLVM's target-independent IR.
 
-LLVM leaves loops of eight to scalar code, so the step is written as vector instructions of its
-target-independent IR: every machine splits or joins them as its registers allow, and none may fuse
-or reorder them, so the results are the same everywhere.
+LLVM neither reorders nor fuses what is written this way, and every machine splits or joins the
+vectors as its registers allow. So the results are the same everywhere, which fastmath and
+automatic vectorisation of sums would not give.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+from numba.core import cgutils
 
-BAND = 8
-FAR = 1e30
-TINY = 1e-30
-
+I8 = ir.IntType(8)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 F32 = ir.FloatType()
 F64 = ir.DoubleType()
-FLOATS = ir.VectorType(F32, BAND)
-DOUBLES = ir.VectorType(F64, BAND)
-INTS = ir.VectorType(I32, BAND)
 
 
-def _splat(builder: Any, scalar: Any, kind: Any) -> Any:
-    vector = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
-    return builder.shuffle_vector(
-        vector, ir.Constant(kind, ir.Undefined), ir.Constant(INTS, [0] * BAND)
-    )
+def vector(kind: Any, lanes: int) -> Any:
+    """The vector type of `lanes` elements of `kind`."""
+    return ir.VectorType(kind, lanes)
 
 
-def _constant(kind: Any, value: Any) -> Any:
-    return ir.Constant(kind, [value] * BAND)
+def constant(kind: Any, value: Any) -> Any:
+    """The constant vector of type `kind` with every lane `value`."""
+    return ir.Constant(kind, [value] * kind.count)
 
 
-def _slot(builder: Any, data: Any, kind: Any, index: int) -> Any:
-    pointer = builder.bitcast(data, kind.as_pointer())
-    return builder.gep(pointer, [I64(index)])
+def splat(builder: Any, scalar: Any, lanes: int) -> Any:
+    """A vector with `scalar` in every lane."""
+    kind = vector(scalar.type, lanes)
+    empty = ir.Constant(kind, ir.Undefined)
+    one = builder.insert_element(empty, scalar, I32(0))
+    return builder.shuffle_vector(one, empty, constant(vector(I32, lanes), 0))
 
 
-def _load(builder: Any, data: Any, kind: Any, index: int) -> Any:
-    return builder.load(_slot(builder, data, kind, index), align=4)
+def data_of(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
+    """Data pointers of array arguments; other arguments unchanged."""
+    return [
+        context.make_array(kind)(context, builder, arg).data if hasattr(kind, "ndim") else arg
+        for kind, arg in zip(signature.args, args, strict=True)
+    ]
 
 
-def _centre(builder: Any, side: Any, origin: Any, mean: Any) -> tuple[Any, Any, Any]:
-    """Moments about `mean` counted from `origin`: small numbers, so float32 carries them."""
-    w, s, q = (builder.fsub(a, o) for a, o in zip(side, origin, strict=True))
-    shift = builder.fmul(mean, w)
-    first = builder.fsub(s, shift)
-    second = builder.fsub(q, builder.fmul(mean, builder.fadd(s, first)))
-    return tuple(builder.fptrunc(v, FLOATS) for v in (w, first, second))  # type: ignore[return-value]
+def slot(builder: Any, data: Any, kind: Any, offset: Any) -> Any:
+    """Pointer to a value of type `kind`, `offset` elements of its scalar type after `data`."""
+    scalar = kind.element if isinstance(kind, ir.VectorType) else kind
+    base = builder.bitcast(data, scalar.as_pointer())
+    return builder.bitcast(builder.gep(base, [offset]), kind.as_pointer())
 
 
-def _cost(builder: Any, left: tuple[Any, Any, Any], right: tuple[Any, Any, Any]) -> Any:
-    """Squared error about the mean of the intervals from one left end to eight right ends."""
-    zero = _constant(FLOATS, 0.0)
-    w, s, q = (builder.fsub(r, x) for r, x in zip(right, left, strict=True))
-    floor = _constant(FLOATS, TINY)
-    mass = builder.select(builder.fcmp_ordered(">", w, floor), w, floor)
-    cost = builder.fsub(q, builder.fdiv(builder.fmul(s, s), mass))
-    cost = builder.select(builder.fcmp_ordered(">", cost, zero), cost, zero)
-    backward = builder.fcmp_ordered("<", w, zero)
-    return builder.select(backward, _constant(FLOATS, FAR), cost)
+def load(builder: Any, data: Any, kind: Any, offset: Any) -> Any:
+    """Unaligned load; see `slot`."""
+    return builder.load(slot(builder, data, kind, offset), align=1)
 
 
-def _emit_step(builder: Any, left: Any, right: Any, best: Any, fresh: Any, choice: Any) -> None:
-    a = tuple(_load(builder, left, DOUBLES, i) for i in range(3))
-    b = tuple(_load(builder, right, DOUBLES, i) for i in range(3))
-    middle = I32(BAND // 2)
-    starts = [builder.extract_element(v, middle) for v in a]
-    ends = [builder.extract_element(v, middle) for v in b]
-    w, s = (builder.fsub(e, o) for e, o in zip(ends[:2], starts[:2], strict=True))
-    some = builder.fcmp_ordered(">", w, ir.Constant(F64, 0.0))
-    safe = builder.select(some, w, ir.Constant(F64, 1.0))
-    mean = _splat(builder, builder.fdiv(s, safe), DOUBLES)
-    origin = tuple(_splat(builder, o, DOUBLES) for o in starts)
-    lefts = _centre(builder, a, origin, mean)
-    rights = _centre(builder, b, origin, mean)
-    bases = _load(builder, best, FLOATS, 0)
-    low, pick = None, _constant(INTS, 0)
-    for i in range(BAND):
-        one = tuple(_splat(builder, builder.extract_element(v, I32(i)), FLOATS) for v in lefts)
-        base = _splat(builder, builder.extract_element(bases, I32(i)), FLOATS)
-        total = builder.fadd(base, _cost(builder, one, rights))
-        if low is None:
-            low = total
-            continue
-        better = builder.fcmp_ordered("<", total, low)
-        low = builder.select(better, total, low)
-        pick = builder.select(better, _constant(INTS, i), pick)
-    builder.store(low, _slot(builder, fresh, FLOATS, 0), align=4)
-    builder.store(pick, _slot(builder, choice, INTS, 0), align=4)
+def store(builder: Any, value: Any, data: Any, offset: Any) -> None:
+    """Unaligned store; see `slot`."""
+    builder.store(value, slot(builder, data, value.type, offset), align=1)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def banded_step(
-    _typing: Any, left: Any, right: Any, best: Any, fresh: Any, choice: Any
-) -> tuple[Any, Any]:
-    """``fresh[b] = min_a best[a] + cost(left[a], right[b])`` and the lowest such a in ``choice[b]``.
+def blocks(
+    builder: Any,
+    size: Any,
+    lanes: int,
+    carried: Sequence[Any],
+    body: Callable[[Any, list[Any]], Sequence[Any]],
+) -> list[Any]:
+    """Loop over the whole blocks of `lanes` elements in `size`, carrying values in registers.
 
-    `left` and `right` are float64 ``[3, 8]``: prefix sums of mass, first and second moment at the
-    candidates of two neighbouring boundaries; `best` and `fresh` float32 ``[8]``, `choice` int32
-    ``[8]``, all C-contiguous. Intervals that run backwards cost `FAR`.
+    ``body(offset, values)`` returns the next values; the last ones are the result.
     """
+    slots = [cgutils.alloca_once_value(builder, value) for value in carried]
+    with cgutils.for_range(builder, builder.udiv(size, I64(lanes))) as loop:
+        offset = builder.mul(loop.index, I64(lanes))
+        values = body(offset, [builder.load(s) for s in slots])
+        for place, value in zip(slots, values, strict=True):
+            builder.store(value, place)
+    return [builder.load(s) for s in slots]
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = [
-            context.make_array(kind)(context, builder, arg).data
-            for kind, arg in zip(signature.args, args, strict=True)
-        ]
-        _emit_step(builder, *data)
-        return context.get_dummy_value()
 
-    return types.void(left, right, best, fresh, choice), codegen
+def lane_sum(builder: Any, values: Any) -> Any:
+    """Sum of the lanes from the lowest to the highest."""
+    total = builder.extract_element(values, I32(0))
+    for lane in range(1, values.type.count):
+        total = builder.fadd(total, builder.extract_element(values, I32(lane)))
+    return total
+
+
+def running_sum(builder: Any, values: Any) -> Any:
+    """Sum of each lane and all lower ones, by doubling strides."""
+    kind = values.type
+    zero = constant(kind, 0.0)
+    stride = 1
+    while stride < kind.count:
+        lanes = [i - stride + kind.count if i >= stride else 0 for i in range(kind.count)]
+        shifted = builder.shuffle_vector(zero, values, ir.Constant(vector(I32, kind.count), lanes))
+        values = builder.fadd(values, shifted)
+        stride *= 2
+    return values
