@@ -126,7 +126,9 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         (errors.HfHubHTTPError, lambda error: _status(repo, error)),
         (errors.HFValidationError, lambda _: f"{repo!r} is not a valid hub id (org/name)"),
         (http_error, lambda error: _unreachable(repo, error)),
-        (OSError, lambda error: _unreachable(repo, error)),
+        (ConnectionError, lambda error: _unreachable(repo, error)),
+        (TimeoutError, lambda error: _unreachable(repo, error)),
+        (OSError, lambda error: f"{repo}: the download failed ({error.strerror or error})"),
     )
     try:
         yield

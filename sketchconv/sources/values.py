@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sketchconv.errors import SourceError
-from sketchconv.formats.tensors import TensorInfo, bf16_to_f32
+from sketchconv.formats.tensors import TensorInfo
 from sketchconv.sources.base import Float32
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -57,6 +57,8 @@ def to_float32(raw: bytes, info: TensorInfo) -> Float32:
     Raises:
         SourceError: the tensor holds integers or booleans.
     """
+    from sketchconv.kernels.cpu import bf16_to_f32
+
     if info.dtype not in FLOATS:
         raise SourceError(f"{info.name!r}: {info.dtype} values can be copied but not compressed")
     flat = np.frombuffer(raw, dtype=_CARRIERS[info.dtype])

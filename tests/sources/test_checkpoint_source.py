@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -219,3 +221,15 @@ def test_folder_reached_through_a_link(two_shards, tmp_path):
     assert source.id == "link"
     assert len(source.infos) == 3
     source.close()
+
+
+def test_opening_imports_nothing_heavy():
+    code = (
+        "import sys, sketchconv.sources.open, sketchconv.architecture, sketchconv.moments;"
+        "print([m for m in ('torch', 'transformers', 'numba', 'gguf', 'huggingface_hub')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

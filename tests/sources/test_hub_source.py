@@ -248,6 +248,16 @@ def test_no_network(tmp_path):
     assert "\n" not in answer["error"]
 
 
+def test_cache_that_cannot_be_written(hub, two_shards, tmp_path):
+    hub.repositories["org/tiny"] = as_files(two_shards)
+    (tmp_path / "file").write_bytes(b"")
+    answer = ask(
+        tmp_path, address(hub), ("org/tiny", None), HF_HUB_CACHE=str(tmp_path / "file" / "cache")
+    )[0]
+    assert answer["kind"] == "HubError"
+    assert "download failed" in answer["error"]
+
+
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
