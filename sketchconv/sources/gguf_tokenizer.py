@@ -112,20 +112,12 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
     splitter = SPLITTERS[name]
     model = _bpe(vocabulary.ids(), [merge.split(" ", 1) for merge in vocabulary.merges])
     model["ignore_merges"] = splitter.whole_words
+    byte_level = {"add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(vocabulary),
+        **_frame(vocabulary, begins=splitter.begins),
         "normalizer": {"type": "NFC"} if splitter.compose else None,
         "pre_tokenizer": splitter.json(),
-        "post_processor": _template(vocabulary, begins=splitter.begins),
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": True,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
+        "decoder": {"type": "ByteLevel", **byte_level},
         "model": model,
     }
 
@@ -150,15 +142,22 @@ def _sentence_piece(vocabulary: _Vocabulary) -> dict[str, Any]:
         *strip,
     ]
     return {
+        **_frame(vocabulary, begins=True),
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": model,
+    }
+
+
+def _frame(vocabulary: _Vocabulary, *, begins: bool) -> dict[str, Any]:
+    """What the two kinds of `tokenizer.json` have in common."""
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(vocabulary),
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
-        "pre_tokenizer": None,
-        "post_processor": _template(vocabulary, begins=True),
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": model,
+        "post_processor": _template(vocabulary, begins=begins),
     }
 
 
@@ -181,13 +180,9 @@ def merges_from_scores(tokens: list[str], scores: list[float]) -> list[list[str]
 def _bpe(vocab: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
     return {
         "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
+        **dict.fromkeys(("dropout", "unk_token"), None),
+        **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), None),
+        **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
         "vocab": vocab,
         "merges": merges,
     }
@@ -199,10 +194,7 @@ def _added_tokens(vocabulary: _Vocabulary) -> list[dict[str, Any]]:
         {
             "id": index,
             "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
             "special": special[kind],
         }
         for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
