@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from sketchconv.formats import rules
 from sketchconv.formats.errors import FormatError, refuse, shown
-from sketchconv.formats.strict_json import Limits, loads
+from sketchconv.formats.strict_json import Limits, collector_paused, loads
 from sketchconv.formats.tensors import DTYPES, SKTCH_DTYPES, TensorInfo
 
 METADATA: Final = "__metadata__"
@@ -50,7 +50,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
         min_dim=1,
         dtypes=SKTCH_DTYPES,
         name_pattern=re.compile(rules.NAME_PATTERN),
-        json=Limits(rules.MAX_HEADER_DEPTH, rules.MAX_VALUES),
+        json=Limits(rules.MAX_HEADER_DEPTH, rules.MAX_VALUES, rules.MAX_TENSORS + 2),
     ),
     "safetensors": Profile(
         name="safetensors",
@@ -60,7 +60,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
         min_dim=0,
         dtypes=frozenset(DTYPES),
         name_pattern=re.compile(r"[^\x00]*"),
-        json=Limits(rules.MAX_HEADER_DEPTH, 16_000_000, whitespace=True),
+        json=Limits(rules.MAX_HEADER_DEPTH, 10_000_000, 1_000_002, whitespace=True),
     ),
 }
 
@@ -89,10 +89,11 @@ def parse_header(
     if len(root) > profile.max_tensors:
         refuse("SKT-020", where, f"at most {profile.max_tensors} tensors, got {len(root)}")
     data_begin = rules.LENGTH_BYTES + len(raw)
-    entries = [_entry(name, value, where, profile, data_begin) for name, value in root.items()]
-    entries.sort(key=lambda e: (e.begin, e.end))
-    _check_cover(entries, data_begin, data_size, where)
-    return metadata, {e.info.name: e for e in entries}
+    with collector_paused(len(raw)):
+        entries = [_entry(name, value, where, profile, data_begin) for name, value in root.items()]
+        entries.sort(key=lambda e: (e.begin, e.end))
+        _check_cover(entries, data_begin, data_size, where)
+        return metadata, {e.info.name: e for e in entries}
 
 
 def data_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:

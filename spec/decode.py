@@ -1,4 +1,4 @@
-"""Decode a tensor of a `.sktch` file to float32. Written from `sktch.md` alone, standard library only.
+"""Decode a tensor of a `.sktch` file to float32; from `sktch.md` alone, standard library only.
 
     python spec/decode.py FILE TENSOR [--rows A:B] [--hex | --out RAW]
 
