@@ -1,0 +1,273 @@
+"""The CPU kernels against the NumPy reference: all bits, tails, groups, LUT dtypes and paths."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from sketchconv.kernels import dequantize, dispatch, gemv, reference_linear
+from sketchconv.kernels.packed import Packed
+from sketchconv.kernels.planes import pack_rows, packed_size
+
+AVX512 = pytest.param(
+    "avx512",
+    marks=pytest.mark.skipif(
+        dispatch.why_not_avx512() is not None, reason=f"avx512: {dispatch.why_not_avx512()}"
+    ),
+)
+LUTS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+# rows, groups, columns: below one block, tails of every plane, several groups, several blocks
+SHAPES = ((5, 1, 1), (3, 1, 7), (6, 3, 45), (4, 2, 600), (3, 1, 1300), (2, 1, 128), (7, 5, 640))
+
+
+def make(bits, rows, groups, columns, lut="F16", seed=0):
+    rng = np.random.default_rng([seed, bits, rows, groups, columns])
+    codes = rng.integers(0, 2**bits, (rows, columns)).astype(np.uint8)
+    index = torch.from_numpy(pack_rows(codes, bits, groups))
+    table = torch.from_numpy(rng.standard_normal((rows, groups, 2**bits))).to(LUTS[lut])
+    return codes, Packed.of(index, table, columns)
+
+
+def carrier(lut):
+    return lut.view(torch.uint16).numpy() if lut.dtype is torch.bfloat16 else lut.numpy()
+
+
+def dense(matrix):
+    return reference_linear.dequantize(matrix.index.numpy(), carrier(matrix.lut), matrix.columns)
+
+
+def bound(matrix, x, unit):
+    """Rounding of a sum of n products: n * unit * sum |x| |w|, in float64."""
+    spread = np.abs(x.double().numpy()) @ np.abs(dense(matrix).astype(np.float64)).T
+    return (matrix.columns + 2) * unit * spread + 1e-30
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_reference_decodes_what_was_packed(bits):
+    codes, matrix = make(bits, 4, 3, 45)
+    assert (reference_linear.unpack(matrix.index.numpy(), bits, 45) == codes).all()
+    table = matrix.lut.float().numpy()
+    expected = [[table[r, c // 15, codes[r, c]] for c in range(45)] for r in range(4)]
+    assert (dense(matrix) == np.array(expected)).all()
+
+
+@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_products_match_the_reference(kernel, bits):
+    for shape in SHAPES:
+        _, matrix = make(bits, *shape)
+        for tokens in (1, 2, 5):
+            x = torch.from_numpy(
+                np.random.default_rng(tokens).standard_normal((tokens, shape[2])).astype(np.float32)
+            )
+            y = gemv.multiply(matrix, x, kernel)
+            expected = reference_linear.linear(
+                x.numpy(), matrix.index.numpy(), carrier(matrix.lut)
+            )
+            error = np.abs(y.numpy() - expected)
+            assert (error <= bound(matrix, x, 2.0**-24)).all(), (shape, tokens)
+            assert y.dtype is torch.float32
+            assert y.shape == (tokens, shape[0])
+
+
+@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rows_are_decoded_exactly(kernel, bits):
+    for shape in SHAPES:
+        _, matrix = make(bits, *shape)
+        expected = torch.from_numpy(dense(matrix))
+        assert torch.equal(dequantize.decode(matrix, kernel=kernel), expected)
+        rounded = dequantize.decode(matrix, torch.bfloat16, kernel=kernel)
+        assert torch.equal(rounded, expected.bfloat16())
+        assert torch.equal(dequantize.decode(matrix, begin=1, end=2, kernel=kernel), expected[1:2])
+        ids = torch.tensor([[1, 0], [1, 1]])
+        assert torch.equal(dequantize.gather(matrix, ids, kernel=kernel), expected[ids])
+
+
+@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("lut", LUTS)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_every_lut_dtype_is_exact(kernel, lut, bits):
+    _, matrix = make(bits, 5, 2, 150, lut)
+    extreme = {"F16": (65504.0, 6e-8, -6.1e-5), "BF16": (3e38, 1e-40, -0.0)}.get(lut, (3e38, 1e-42))
+    matrix.lut.view(-1)[: len(extreme)] = torch.tensor(extreme, dtype=LUTS[lut])
+    decoded = dequantize.decode(matrix, kernel=kernel)
+    assert np.array_equal(decoded.numpy().view(np.uint32), dense(matrix).view(np.uint32))
+
+
+@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+def test_bfloat16_and_float16_activations(kernel):
+    _, matrix = make(4, 33, 1, 576)
+    x = torch.randn(3, 576, generator=torch.Generator().manual_seed(0))
+    for dtype, unit in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
+        y = gemv.multiply(matrix, x.to(dtype), kernel)
+        exact = torch.from_numpy(
+            reference_linear.linear(
+                x.to(dtype).float().numpy(), matrix.index.numpy(), carrier(matrix.lut)
+            )
+        )
+        assert y.dtype is dtype
+        slack = torch.from_numpy(bound(matrix, x, 2.0**-24))
+        assert ((y.double() - exact).abs() <= exact.abs() * unit + 2 * slack).all()
+
+
+@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_token_has_the_result_that_it_has_alone(kernel, bits):
+    _, matrix = make(bits, 40, 2, 300)
+    x = torch.randn(7, 300, generator=torch.Generator().manual_seed(1))
+    together = gemv.multiply(matrix, x, kernel)
+    for token in range(7):
+        assert torch.equal(together[token], gemv.multiply(matrix, x[token], kernel))
+
+
+@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+def test_threads_and_spans_do_not_change_a_bit(kernel, monkeypatch):
+    _, matrix = make(4, 101, 1, 200)
+    x = torch.randn(2, 200, generator=torch.Generator().manual_seed(2))
+    serial = gemv.multiply(matrix, x, kernel)
+    tile = dequantize.decode(matrix, kernel=kernel)
+    monkeypatch.setattr(gemv, "PARALLEL_WEIGHTS", 1)
+    monkeypatch.setattr(dequantize, "PARALLEL_WEIGHTS", 1)
+    for threads in (2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert torch.equal(gemv.multiply(matrix, x, kernel), serial)
+        assert torch.equal(dequantize.decode(matrix, kernel=kernel), tile)
+        with ThreadPoolExecutor(4) as callers:
+            runs = [callers.submit(gemv.multiply, matrix, x, kernel) for _ in range(8)]
+            assert all(torch.equal(run.result(), serial) for run in runs)
+
+
+@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+def test_many_tokens_go_through_tiles(kernel, monkeypatch):
+    _, matrix = make(3, 70, 3, 96)
+    monkeypatch.setattr(gemv, "TILE_ROWS", 32)
+    x = torch.randn(2, 10, 96, generator=torch.Generator().manual_seed(3))
+    y = gemv.multiply(matrix, x, kernel)
+    weight = torch.from_numpy(dense(matrix))
+    assert y.shape == (2, 10, 70)
+    assert torch.allclose(y, x @ weight.T, atol=1e-4)
+    short = gemv.multiply(matrix, x.bfloat16(), kernel)
+    assert short.dtype is torch.bfloat16
+    assert torch.allclose(short.float(), x @ weight.T, atol=0.5)
+    assert gemv.multiply(matrix, x.half(), kernel).dtype is torch.float16
+
+
+def test_no_read_beyond_the_last_byte(tmp_path):
+    """The last row ends at the end of a mapped page; the page after it cannot be read."""
+    code = f"""
+import ctypes, mmap, numpy as np, torch
+from sketchconv.kernels import gemv, dequantize
+from sketchconv.kernels.packed import Packed
+from sketchconv.kernels.planes import packed_size
+libc = ctypes.CDLL(None, use_errno=True)
+def guarded(size):
+    page = mmap.PAGESIZE
+    room = -(-size // page) * page
+    area = mmap.mmap(-1, room + page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    assert libc.mprotect(ctypes.c_void_p(base + room), page, 0) == 0
+    return area, torch.frombuffer(area, dtype=torch.uint8, count=size, offset=room - size)
+for bits in range(1, 9):
+    for columns in (1, 33, 130, 600):
+        _, index = guarded(3 * packed_size(columns, bits))
+        _, lut = guarded(3 * 2**bits * 2)
+        matrix = Packed.of(index.view(3, 1, -1), lut.view(torch.float16).view(3, 1, -1), columns)
+        _, x = guarded(4 * columns)
+        gemv.multiply(matrix, x.view(torch.float32).view(1, columns))
+        _, out = guarded(3 * columns * 4)
+        dequantize.decode_into(matrix, out.view(torch.float32).view(3, columns))
+        _, out = guarded(3 * columns * 2)
+        dequantize.decode_into(matrix, out.view(torch.bfloat16).view(3, columns))
+print("sound", {packed_size(7, 3)})
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs mprotect")
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("sound")
+
+
+def run_python(code, folder, **environment):
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_choice_carries_its_reasons():
+    choice = dispatch.choose()
+    assert choice.name in ("avx512", "portable")
+    assert choice.reason
+    forced = dispatch.choose("portable")
+    assert [r.name for r in forced.rejected] == ["avx512"]
+    assert "was asked for" in forced.rejected[0].reason
+    with pytest.raises(ValueError, match="no kernels named 'cuda'"):
+        dispatch.choose("cuda")
+
+
+@pytest.mark.parametrize("name", dispatch.OVERRIDES)
+def test_numba_overrides_choose_the_portable_path(monkeypatch, name):
+    monkeypatch.setenv(name, "generic")
+    assert name in dispatch.why_not_avx512()
+
+
+def test_a_generic_cpu_runs_the_portable_path(tmp_path):
+    code = """
+import torch
+from sketchconv.kernels import gemv, dispatch
+x, index = torch.ones(1, 8), torch.full((1, 1, 4), 0x21, dtype=torch.uint8)
+y = gemv.sketch_linear(x, index, torch.arange(16.0).view(1, 1, 16))
+print(dispatch.choose().name, y.item(), dispatch.choose().rejected[0].reason)
+"""
+    cache = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    done = run_python(code, tmp_path, **cache)
+    assert done.stdout.startswith("portable 12.0 NUMBA_CPU_NAME is set"), done.stderr[-2000:]
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    index, lut = torch.zeros(2, 1, 4, dtype=torch.uint8), torch.zeros(2, 1, 16)
+    assert Packed.of(index, lut, 8).bits == 4
+    wrong = [
+        (index, lut, 9, "take 5 bytes"),
+        (index, torch.zeros(2, 1, 12), 8, "power of two"),
+        (index, torch.zeros(2, 1, 512), 8, "2 to 256"),
+        (index, torch.zeros(3, 1, 16), 8, "do not fit together"),
+        (index.int(), lut, 8, "must be uint8"),
+        (index, lut.double(), 8, "must be uint8"),
+        (index.expand(2, 1, 4)[..., ::2].repeat(1, 1, 2)[:, :, ::2], lut, 4, "contiguous"),
+        (torch.zeros(2, 3, 2, dtype=torch.uint8), torch.zeros(2, 3, 16), 8, "do not divide"),
+        (index.to("meta"), lut.to("meta"), 8, "CPU memory"),
+    ]
+    for bad_index, bad_lut, columns, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            Packed.of(bad_index, bad_lut, columns)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    _, matrix = make(4, 4, 1, 32)
+    with pytest.raises(ValueError, match="x has 31 columns"):
+        gemv.multiply(matrix, torch.zeros(1, 31))
+    with pytest.raises(ValueError, match="float in CPU memory"):
+        gemv.multiply(matrix, torch.zeros(1, 32, dtype=torch.float64))
+    with pytest.raises(IndexError, match="id 4 is outside"):
+        dequantize.gather(matrix, torch.tensor([0, 4]))
+    with pytest.raises(IndexError, match="id -1 is outside"):
+        dequantize.gather(matrix, torch.tensor([-1]))
+    with pytest.raises(ValueError, match="rows 3 to 5"):
+        dequantize.decode_into(matrix, torch.empty(2, 32), 3)
+    with pytest.raises(ValueError, match="rows have 32 columns"):
+        dequantize.decode_into(matrix, torch.empty(2, 31))
+    assert dequantize.gather(matrix, torch.empty(0, dtype=torch.int64)).shape == (0, 32)
+    assert gemv.multiply(matrix, torch.empty(0, 32)).shape == (0, 4)
+    assert packed_size(32, 4) == matrix.index.shape[-1]
