@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 _SHOWN = 5
+_DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ def _map(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> ModelMap:
     names = match_names(model, infos)
     aliases, ties = _tied(model, names)
     _check_missing(model, names, aliases)
+    _check_surplus(model, names)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     parameters = {source: expected[name] for source, name in names.plain.items()}
     _check_shapes(model, infos, parameters)
@@ -113,7 +115,7 @@ def _roles(model: PreTrainedModel) -> dict[str, str]:
 
     prefix = model.base_model_prefix
     base = f"{prefix}." if prefix and getattr(model, prefix, None) not in (None, model) else ""
-    output = model.get_output_embeddings()
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     roles = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Embedding):
@@ -160,6 +162,22 @@ def _check_missing(model: PreTrainedModel, names: Names, aliases: Mapping[str, s
         raise ArchitectureError(
             f"{type(model).__name__} needs {len(missing)} tensors that the checkpoint lacks:"
             f" {shown}; is the download complete, and the right config.json?"
+        )
+
+
+def _check_surplus(model: PreTrainedModel, names: Names) -> None:
+    """Refuse layers that the config does not count: they would silently be left out."""
+    known = {_DIGITS.sub("#", name) for name in names.plain}
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+    surplus = [
+        name
+        for name in names.extra
+        if _DIGITS.sub("#", name) in known and not any(p.search(name) for p in ignored)
+    ]
+    if surplus:
+        raise ArchitectureError(
+            f"{surplus[0]}: the config of {type(model).__name__} has no such layer"
+            f" ({len(surplus)} such tensors); config.json and weights do not belong together"
         )
 
 

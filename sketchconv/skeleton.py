@@ -56,8 +56,8 @@ def candidate_classes(config: Mapping[str, Any]) -> list[Any]:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    model_type = config.get("model_type")
-    _config_class(model_type)
+    _config_class(config.get("model_type"))
+    model_type = str(config["model_type"])
     found = []
     for name in _names(config.get("architectures")):
         named = getattr(transformers, name, None)

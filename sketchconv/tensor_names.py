@@ -64,7 +64,7 @@ def match_names(model: PreTrainedModel, names: Iterable[str]) -> Names:
 class _Renamer:
     """Maps one checkpoint name to the model's, with transformers' own tables."""
 
-    def __init__(self, model: PreTrainedModel, expected: Mapping[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel, expected: dict[str, Any]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 

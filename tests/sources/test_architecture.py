@@ -215,6 +215,7 @@ def test_class_by_model_type_if_the_config_names_none(saved, tmp_path, architect
         ({"model_type": "unheard-of"}, "'unheard-of' is unknown to transformers 5"),
         ({"model_type": None}, "no model_type"),
         ({"num_hidden_layers": 3}, r"needs 9 tensors .* model.layers.2"),
+        ({"num_hidden_layers": 1}, r"model.layers.1.* has no such layer \(9 such tensors\)"),
         ({"vocab_size": 41}, r"weight: .*\[40, 32\].*\[41, 32\]"),
         ({"intermediate_size": 64}, "do not belong together"),
         ({"hidden_size": 10**18}, "hidden_size is 1000000000000000000"),
