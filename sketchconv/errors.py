@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sketchconv.formats.errors import FormatError, SketchconvError
+from sketchconv.formats.errors import OutputFailure as OutputError
 
 __all__ = [
     "ArchitectureError",
@@ -40,10 +41,6 @@ class PlanError(SketchconvError):
 
 class WeightError(SketchconvError):
     """A weight cannot be compressed: NaN or infinity, or beyond the range of the LUT's dtype."""
-
-
-class OutputError(SketchconvError):
-    """The output cannot be written: it exists, it is the input, or the disk is full."""
 
 
 class LoadError(SketchconvError):

@@ -64,17 +64,18 @@ def test_the_independent_decoder_agrees_bit_for_bit(smollm2):
 
 
 def test_smollm2_writes_english_in_a_fresh_process(smollm2, tmp_path):
-    prompt = "What is the capital of France?"
+    prompt = "Explain in three sentences why the sky is blue."
     command = [sys.executable, "-P", "-m", "sketchconv", "generate", str(smollm2[0]), prompt]
     done = subprocess.run(
-        [*command, "--max-new-tokens", "24"],
+        [*command, "--max-new-tokens", "48"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout
+    words = done.stdout.lower().split()
+    assert {"the", "sky", "is", "blue", "light"} <= {word.strip(".,") for word in words}
     assert "tokens/s" in done.stderr
 
 
