@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from sketchconv.kernels.jit import jit
+from sketchconv.kernels.jit import inner
 from sketchconv.kernels.partition import cube_root
 
 DIGITS = 256
 
 
-@jit
-def sort_keys(bits: Any, keys: Any, spare: Any) -> None:
+@inner
+def sort_keys(bits: Any, keys: Any, spare: Any, counts: Any) -> None:
     """Fill ``keys[:n]`` with (ordered value, column) in 64-bit words, ascending.
 
-    `bits` are the float32 bit patterns as uint32. Least significant digit first, so equal values
+    `bits` are the float32 bit patterns as uint32; `spare` ``[n]`` and `counts` int64 ``[4, 256]``
+    are scratch. Least significant digit first, so equal values
     keep their column order.
     """
     n = bits.size
@@ -29,7 +30,9 @@ def sort_keys(bits: Any, keys: Any, spare: Any) -> None:
         u = bits[i]
         u ^= np.uint32(0xFFFFFFFF) if u & sign else sign
         keys[i] = (np.uint64(u) << np.uint64(32)) | np.uint64(i)
-    counts = np.zeros((4, DIGITS), np.int64)
+    for digit in range(4):
+        for value in range(DIGITS):
+            counts[digit, value] = 0
     for i in range(n):
         u = keys[i] >> np.uint64(32)
         for digit in range(4):
@@ -49,7 +52,7 @@ def sort_keys(bits: Any, keys: Any, spare: Any) -> None:
         source, target = target, source
 
 
-@jit
+@inner
 def gather_atoms(
     x: Any, mass: Any, weighted: bool, keys: Any, values: Any, masses: Any, limit: int
 ) -> Any:
@@ -79,7 +82,7 @@ def gather_atoms(
     return count + 1
 
 
-@jit
+@inner
 def sum_atoms(values: Any, masses: Any, p0: Any, p1: Any, p2: Any) -> None:
     """Fill the prefix sums ``[atoms + 1]`` of mass, m*d and m*d*d, d = (value - mean) / scale."""
     n = values.size
@@ -101,7 +104,7 @@ def sum_atoms(values: Any, masses: Any, p0: Any, p1: Any, p2: Any) -> None:
         p2[i + 1] = p2[i] + masses[i] * d * d
 
 
-@jit
+@inner
 def atom_density(values: Any, p0: Any, p1: Any, density: Any, places: Any) -> Any:
     """(mass * width^2)^(1/3) of equal runs of atoms, and where they begin; returns the sum.
 
@@ -122,7 +125,7 @@ def atom_density(values: Any, p0: Any, p1: Any, density: Any, places: Any) -> An
     return total
 
 
-@jit
+@inner
 def atom_means(values: Any, masses: Any, bounds: Any, entries: Any) -> None:
     """``entries[j]`` = mean of ``values[bounds[j]:bounds[j + 1]]``; empty ones repeat the last."""
     for j in range(entries.size):

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from sketchconv.kernels.jit import jit
+from sketchconv.kernels.jit import inner
 from sketchconv.kernels.sweeps import LANES, TOGETHER, count_eight, search_fifteen, square_sums
 
 F16, BF16, F32 = 0, 1, 2
-BLOCK = 1024
 
 
-@jit
+@inner
 def round_entries(entries: Any, kind: int, cast: Any, words: Any) -> None:
     """Sort float64 `entries` and round them to nearest even into float32 `cast`.
 
@@ -43,7 +42,7 @@ def round_entries(entries: Any, kind: int, cast: Any, words: Any) -> None:
                     cast[i] = np.float32(np.inf) if cast[i] > 0 else np.float32(-np.inf)
 
 
-@jit
+@inner
 def _round_bits(word: Any, drop: Any) -> Any:
     one = np.uint32(1)
     half = np.uint32((one << (drop - one)) - one)
@@ -51,7 +50,7 @@ def _round_bits(word: Any, drop: Any) -> Any:
     return np.uint32((word >> drop) << drop)
 
 
-@jit
+@inner
 def fill_thresholds(cast: Any, thresholds: Any) -> None:
     """``thresholds[i]``: the largest float32 not above the midpoint of entries i and i + 1.
 
@@ -69,18 +68,16 @@ def fill_thresholds(cast: Any, thresholds: Any) -> None:
         thresholds[i] = low
 
 
-@jit
+@inner
 def count_above(x: Any, thresholds: Any, codes: Any) -> None:
     """``codes[i]`` = number of thresholds below ``x[i]``; thresholds padded to a multiple of 8."""
     whole = x.size - x.size % LANES
     if thresholds.size == 16:
         search_fifteen(x, thresholds, codes, whole)
-    for begin in range(0, x.size if thresholds.size != 16 else 0, BLOCK):
-        part, out = x[begin:], codes[begin:]
-        size = min(BLOCK, max(whole - begin, 0))
-        out[:size] = 0
+    else:
+        codes[:whole] = 0
         for t in range(0, thresholds.size, TOGETHER):
-            count_eight(part, thresholds[t:], out, size)
+            count_eight(x, thresholds[t:], codes, whole)
     for i in range(whole, x.size):
         count = 0
         for t in range(thresholds.size):
@@ -88,7 +85,18 @@ def count_above(x: Any, thresholds: Any, codes: Any) -> None:
         codes[i] = np.uint8(count)
 
 
-@jit
+@inner
+def walk_codes(x: Any, keys: Any, thresholds: Any, codes: Any) -> None:
+    """The same codes by one walk through sorted `keys` (see `sort_keys`) and thresholds."""
+    code = 0
+    for key in keys:
+        column = key & np.uint64(0xFFFFFFFF)
+        while x[column] > thresholds[code]:
+            code += 1
+        codes[column] = np.uint8(code)
+
+
+@inner
 def squares(x: Any, cast: Any, codes: Any, gaps: Any) -> Any:
     """Sums of (x - entry)^2 and x^2 in float64, in an order that the size fixes.
 

@@ -20,7 +20,7 @@ from sketchconv.kernels.reductions import (
     nonfinite_rows,
     squared_matvec,
 )
-from sketchconv.kernels.solver import solve_span
+from sketchconv.kernels.solver import make_scratch, solve_span
 from sketchconv.kernels.threads import for_spans
 
 __all__ = [
@@ -36,6 +36,8 @@ __all__ = [
     "unpack_rows",
 ]
 
+# Columns per entry, counted by weight (sum^2 / sum of squares), below which a group is uneven.
+UNEVEN = 32
 KINDS = {"F16": F16, "BF16": BF16, "F32": F32}
 
 
@@ -110,10 +112,12 @@ def solve_rows(
     error, norm = np.empty(rows), np.empty(rows)
     words = source.view(np.uint32)
     masses = np.ones((groups, columns // groups), np.float32) if mass is None else mass
+    uneven = masses.shape[1] < UNEVEN * (1 << bits) * np.square(masses).mean(axis=1)
     for_spans(
         lambda b, e: solve_span(
-            source, words, masses, mass is not None, exact, KINDS[lut_dtype],
-            codes, luts, error, norm, b, e,
+            source, words, masses, mass is not None, uneven, exact, KINDS[lut_dtype],
+            codes, luts, error, norm,
+            make_scratch(columns // groups, 1 << bits, exact), b, e,
         ),
         rows,
         source.size,

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from sketchconv.kernels.jit import jit
+from sketchconv.kernels.jit import inner
 
 FAR = 1e300
 
 
-@jit
+@inner
 def _best_start(best: Any, p0: Any, p1: Any, p2: Any, low: int, high: int, end: int) -> Any:
     """Cheapest ``best[a] + cost(a, end)`` for a in ``[low, high]``, and its lowest a."""
     e0, e1, e2 = p0[end], p1[end], p2[end]
@@ -33,7 +31,7 @@ def _best_start(best: Any, p0: Any, p1: Any, p2: Any, low: int, high: int, end: 
     return cheapest, start
 
 
-@jit
+@inner
 def _layer(
     best: Any, fresh: Any, starts: Any, p0: Any, p1: Any, p2: Any, j: int, first: int, last: int
 ) -> None:
@@ -51,14 +49,18 @@ def _layer(
         step //= 2
 
 
-@jit
-def exact_bounds(p0: Any, p1: Any, p2: Any, bounds: Any) -> None:
-    """Fill ``bounds[0..k]`` with the optimal partition; needs more than k atoms."""
+@inner
+def exact_bounds(p0: Any, p1: Any, p2: Any, bounds: Any, costs: Any, starts: Any) -> None:
+    """Fill ``bounds[0..k]`` with the optimal partition; needs more than k atoms.
+
+    `costs` float64 ``[2, atoms + 1]`` and `starts` int32 ``[k + 1, atoms + 1]`` are scratch.
+    """
     n = p0.size - 1
     k = bounds.size - 1
-    best = np.full(n + 1, FAR)
-    fresh = np.full(n + 1, FAR)
-    starts = np.zeros((k + 1, n + 1), np.int32)
+    best, fresh = costs[0], costs[1]
+    for end in range(n + 1):
+        best[end] = FAR
+        fresh[end] = FAR
     for end in range(1, n + 1):
         best[end] = p2[end] - p1[end] * p1[end] / p0[end]
     for j in range(2, k + 1):

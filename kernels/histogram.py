@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from sketchconv.kernels.jit import jit
+from sketchconv.kernels.jit import inner
 from sketchconv.kernels.partition import cube_root
 from sketchconv.kernels.sweeps import LANES, deviation_sum, moment_sums
 
 SPREAD = 2.5066282746310002  # 2 * sqrt(pi / 2)
-BLOCKS = 32
+BLOCKS = 32  # pieces of the axis whose density places the coarse grid
+MOST_BLOCKS = 64
 SAMPLES = 64
 
 
-@jit
+@inner
 def rough_mean(x: Any) -> Any:
     """Mean of up to about 64 values, evenly spaced: it only places the bins."""
     step = max(x.size // SAMPLES, 1)
@@ -33,7 +34,7 @@ def rough_mean(x: Any) -> Any:
     return np.float32(total / count)
 
 
-@jit
+@inner
 def mean_deviation(x: Any, mass: Any, centre: Any) -> Any:
     """Weighted mean of |x - centre|, mean of the masses being 1."""
     whole = x.size - x.size % LANES
@@ -43,7 +44,7 @@ def mean_deviation(x: Any, mass: Any, centre: Any) -> Any:
     return np.float32(total / x.size)
 
 
-@jit
+@inner
 def find_bins(x: Any, centre: Any, scale: Any, count: int, bins: Any) -> None:
     """Bin of every value, uint16."""
     half = np.float32(count // 2)
@@ -54,7 +55,7 @@ def find_bins(x: Any, centre: Any, scale: Any, count: int, bins: Any) -> None:
         bins[i] = np.uint16(min(max(place, np.int32(0)), top))
 
 
-@jit
+@inner
 def fill_bins(x: Any, mass: Any, weighted: bool, centre: Any, bins: Any, h: Any) -> None:
     """Add every value's mass and m * (x - centre) to its bin of ``h[2, count]``."""
     origin = np.float64(centre)
@@ -72,7 +73,7 @@ def fill_bins(x: Any, mass: Any, weighted: bool, centre: Any, bins: Any, h: Any)
             first_of[b] += x[i] - origin
 
 
-@jit
+@inner
 def sum_bins(h: Any, inverse: float, p0: Any, p1: Any, p2: Any) -> Any:
     """Prefix sums over the bins (values divided by the scale), `h` cleared; returns used bins.
 
@@ -84,33 +85,34 @@ def sum_bins(h: Any, inverse: float, p0: Any, p1: Any, p2: Any) -> Any:
     return moment_sums(h[0], h[1], h.shape[1], inverse, p0[1:], p1[1:], p2[1:])
 
 
-@jit
+@inner
 def bin_density(p0: Any, p1: Any, density: Any, places: Any) -> None:
-    """(mass * width^2)^(1/3) of `BLOCKS` blocks of bins, and where they begin.
+    """(mass * width^2)^(1/3) of equal runs of bins, and where they begin.
 
     The outermost blocks have no end: they count as twice as wide as their mean is far.
     """
-    step = (p0.size - 1) // BLOCKS
-    for b in range(BLOCKS):
+    blocks = density.size
+    step = (p0.size - 1) // blocks
+    for b in range(blocks):
         places[b] = b * step
-        low = abs(2.0 * b / BLOCKS - 1.0)
-        high = abs(2.0 * (b + 1) / BLOCKS - 1.0)
+        low = abs(2.0 * b / blocks - 1.0)
+        high = abs(2.0 * (b + 1) / blocks - 1.0)
         width = 0.0
-        if 0 < b < BLOCKS - 1:
+        if 0 < b < blocks - 1:
             width = high / (1.0 - high) - low / (1.0 - low)
         density[b] = (p0[(b + 1) * step] - p0[b * step]) * width * width
-    near = (1.0 - 2.0 / BLOCKS) / (2.0 / BLOCKS)
-    for b in (0, BLOCKS - 1):
+    near = (1.0 - 2.0 / blocks) / (2.0 / blocks)
+    for b in (0, blocks - 1):
         mass = p0[(b + 1) * step] - p0[b * step]
         mean = abs(p1[(b + 1) * step] - p1[b * step]) / max(mass, 1e-300)
         width = 2.0 * max(mean - near, 0.0)
         density[b] = mass * width * width
-    for b in range(BLOCKS):
+    for b in range(blocks):
         density[b] = cube_root(density[b])
-    places[BLOCKS] = step * BLOCKS
+    places[blocks] = step * blocks
 
 
-@jit
+@inner
 def bin_means(p0: Any, p1: Any, centre: float, scale: float, bounds: Any, entries: Any) -> None:
     """``entries[j]`` = mean of the values in bins ``bounds[j]`` to ``bounds[j + 1]``."""
     for j in range(entries.size):

@@ -8,7 +8,10 @@ vector width of the machine.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -16,12 +19,26 @@ import numba
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def jit(function: F) -> F:
-    """Compile `function` at its first call, without the GIL, and keep the machine code on disk.
+@cache
+def _sources_digest() -> str:
+    """Digest of the modules of this package that take part in compiled kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        text = path.read_bytes()
+        if b"sketchconv.kernels.jit" in text or b"llvmlite" in text:
+            digest.update(text)
+    return digest.hexdigest()[:12]
 
-    Where no cache folder can be written (a read-only installation without a home) the code is
-    compiled again in each process.
+
+def jit(function: F) -> F:
+    """Compile an entry point at its first call, without the GIL, and keep its code on disk.
+
+    Numba's cache looks only at the file of the function that is called, and would miss an edit in
+    a module whose functions are compiled into it; so the name under which the code is kept carries
+    a digest of all sources. Where no cache folder can be written (a read-only installation without
+    a home) the code is compiled again in each process.
     """
+    function.__qualname__ = f"{function.__qualname__}_{_sources_digest()}"
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     compiled: Any
     try:
@@ -29,3 +46,9 @@ def jit(function: F) -> F:
     except RuntimeError:
         compiled = numba.njit(**options)(function)
     return cast(F, compiled)
+
+
+def inner(function: F) -> F:
+    """Compile a function that only compiled functions call, as a part of each of them."""
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast(F, numba.njit(error_model="numpy", **options)(function))

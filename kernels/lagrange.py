@@ -13,43 +13,64 @@ from typing import Any
 
 import numpy as np
 
-from sketchconv.kernels.jit import jit
+from sketchconv.kernels.jit import inner
 
 FAR = 1e300
 PASSES = 10
+CLOSE = 32  # a bracket narrower than this part of k is joined at once
 
 
-@jit
+@inner
+def _total(q0: Any, q1: Any, q2: Any, best: Any, start: Any, end: Any) -> Any:
+    s = end[1] - q1[start]
+    return best[start] + ((end[2] - q2[start]) - s * s / (end[0] - q0[start]))
+
+
+@inner
 def _buy(q0: Any, q1: Any, q2: Any, price: float, best: Any, starts: Any) -> Any:
-    """Optimal partition at `price` per cluster: fill ``starts``, return the number of clusters."""
+    """Optimal partition at `price` per cluster: fill ``starts``, return the number of clusters.
+
+    The best start only moves right as the end does, and mostly by less than four cells: those are
+    priced without a branch. The cost up to a start only grows with it, which ends the search.
+    """
     cells = q0.size - 1
+    for i in range(cells + 1):
+        best[i] = FAR
     best[0] = 0.0
     low = 0
-    for end in range(1, cells + 1):
-        e0, e1, e2 = q0[end], q1[end], q2[end]
-        cheapest = FAR
-        start = low
-        for a in range(low, end):
-            if best[a] >= cheapest:
-                # The cost up to a only grows with a: nothing further on can be cheaper.
+    for i in range(1, cells + 1):
+        end = (q0[i], q1[i], q2[i])
+        a, b = min(low + 1, cells), min(low + 2, cells)
+        c = min(low + 3, cells)
+        first = _total(q0, q1, q2, best, np.uint64(low), end)
+        second = _total(q0, q1, q2, best, np.uint64(a), end)
+        third = _total(q0, q1, q2, best, np.uint64(b), end)
+        fourth = _total(q0, q1, q2, best, np.uint64(c), end)
+        start = a if second < first else low
+        cheapest = second if second < first else first
+        other = c if fourth < third else b
+        cheaper = fourth if fourth < third else third
+        start = other if cheaper < cheapest else start
+        cheapest = cheaper if cheaper < cheapest else cheapest
+        for further in range(low + 4, i):
+            if best[further] >= cheapest:
                 break
-            s = e1 - q1[a]
-            cost = best[a] + ((e2 - q2[a]) - s * s / (e0 - q0[a]))
+            cost = _total(q0, q1, q2, best, np.uint64(further), end)
             if cost < cheapest:
                 cheapest = cost
-                start = a
-        best[end] = cheapest + price
-        starts[end] = start
+                start = further
+        best[i] = cheapest + price
+        starts[i] = start
         low = start
     count = 0
-    end = cells
-    while end > 0:
-        end = starts[end]
+    place = cells
+    while place > 0:
+        place = starts[place]
         count += 1
     return count
 
 
-@jit
+@inner
 def _trace(starts: Any, count: int, path: Any) -> None:
     end = starts.size - 1
     for j in range(count, 0, -1):
@@ -58,7 +79,7 @@ def _trace(starts: Any, count: int, path: Any) -> None:
     path[0] = 0
 
 
-@jit
+@inner
 def _join(coarse: Any, fine: Any, surplus: int, count: int, bounds: Any) -> None:
     """Start on the `coarse` path and change to the `fine` one, which has `surplus` too many."""
     j = 0
@@ -66,27 +87,32 @@ def _join(coarse: Any, fine: Any, surplus: int, count: int, bounds: Any) -> None
         coarse[j] <= fine[j + surplus] and fine[j + surplus + 1] <= coarse[j + 1]
     ):
         j += 1
-    bounds[: j + 1] = coarse[: j + 1]
+    for i in range(j + 1):
+        bounds[i] = coarse[i]
     for i in range(j + 1, bounds.size):
         bounds[i] = fine[i + surplus]
 
 
-@jit
-def priced_bounds(q0: Any, q1: Any, q2: Any, integral: float, bounds: Any) -> Any:
+@inner
+def priced_bounds(
+    q0: Any, q1: Any, q2: Any, integral: float, bounds: Any, best: Any, paths: Any
+) -> Any:
     """Fill ``bounds[0..k]`` with a near-optimal partition of the cells into k clusters.
 
     `integral` is that of density^(1/3): the high-resolution formula for the price of k clusters is
     ``integral**3 / (6 k^3)``. Prices are searched on the scale of the k that the formula gives
     them, on which the bought number is nearly linear. Needs more cells than k, each with mass.
 
+    `best` float64 ``[cells + 1]`` and `paths` int64 ``[3, cells + 1]`` are scratch.
+
     Returns True where a price buys exactly k: then the partition is optimal among these cells.
     """
     cells = q0.size - 1
     k = bounds.size - 1
-    best = np.empty(cells + 1)
-    starts = np.zeros(cells + 1, np.int64)
-    below, above = np.zeros(cells + 1, np.int64), np.arange(cells + 1)
-    below[1] = cells
+    starts, below, above = paths[0, : cells + 1], paths[1], paths[2]
+    for i in range(cells + 1):
+        above[i] = i
+    below[0], below[1] = 0, cells
     few, few_at = 1, 0.0
     many, many_at = cells, 0.0
     at = float(k)
@@ -102,6 +128,8 @@ def priced_bounds(q0: Any, q1: Any, q2: Any, integral: float, bounds: Any) -> An
         else:
             many, many_at = count, at
             _trace(starts, count, above)
+        if many - few <= k // CLOSE:
+            break
         if many_at == 0.0:
             at *= max(k / count, 1.1)
         elif few_at == 0.0:

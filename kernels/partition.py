@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sketchconv.kernels.banded import BAND, banded_step
-from sketchconv.kernels.jit import jit
+from sketchconv.kernels.jit import inner
 
 HALF = BAND // 2
 PER_CLUSTER = 4
@@ -30,8 +30,7 @@ class Room(NamedTuple):
     choices: NDArray[np.int32]  # [k + 1, 8] best candidate of the boundary before
 
 
-@jit
-def make_room(k: int) -> Any:
+def make_room(k: int) -> Room:
     """A `Room` for k clusters."""
     return Room(
         np.zeros((k + 1, BAND), np.int64),
@@ -41,7 +40,7 @@ def make_room(k: int) -> Any:
     )
 
 
-@jit
+@inner
 def cube_root(x: Any) -> Any:
     """x^(21/64), for x^(1/3): square roots round alike on every machine, library roots do not."""
     fourth = np.sqrt(np.sqrt(x))
@@ -49,7 +48,7 @@ def cube_root(x: Any) -> Any:
     return fourth * sixteenth * np.sqrt(np.sqrt(sixteenth))
 
 
-@jit
+@inner
 def spread_edges(density: Any, places: Any, edges: Any) -> None:
     """Cut the cumulated `density` of blocks into equal parts.
 
@@ -75,7 +74,7 @@ def spread_edges(density: Any, places: Any, edges: Any) -> None:
     edges[last] = places[density.size]
 
 
-@jit
+@inner
 def drop_empty(edges: Any) -> Any:
     """Move the distinct ones of the ascending `edges` to the front; returns the cells they cut."""
     cells = 0
@@ -86,7 +85,7 @@ def drop_empty(edges: Any) -> Any:
     return cells
 
 
-@jit
+@inner
 def choose(p0: Any, p1: Any, p2: Any, bounds: Any, room: Any) -> None:
     """Best combination of the candidates in ``room.spots``, written to ``bounds[0..k]``.
 
@@ -94,12 +93,16 @@ def choose(p0: Any, p1: Any, p2: Any, bounds: Any, room: Any) -> None:
     """
     spots, choices = room.spots, room.choices
     k = spots.shape[0] - 1
-    spots[0, :] = 0
-    spots[k, :] = p0.size - 1
+    for t in range(BAND):
+        spots[0, t] = 0
+        spots[k, t] = p0.size - 1
     left, right = room.sides[0], room.sides[1]
     old, new = room.best[0], room.best[1]
-    old[:] = 0
-    left[:] = 0.0
+    for t in range(BAND):
+        old[t] = 0
+        left[0, t] = 0.0
+        left[1, t] = 0.0
+        left[2, t] = 0.0
     for j in range(1, k + 1):
         for t in range(BAND):
             spot = np.uint64(spots[j, t])
@@ -116,7 +119,7 @@ def choose(p0: Any, p1: Any, p2: Any, bounds: Any, room: Any) -> None:
         bounds[j - 1] = spots[j - 1, pick]
 
 
-@jit
+@inner
 def choose_edges(p0: Any, p1: Any, p2: Any, edges: Any, bounds: Any, room: Any) -> None:
     """A round on the coarse grid ``edges[0..4 k]``."""
     k = bounds.size - 1
@@ -127,7 +130,7 @@ def choose_edges(p0: Any, p1: Any, p2: Any, edges: Any, bounds: Any, room: Any) 
     choose(p0, p1, p2, bounds, room)
 
 
-@jit
+@inner
 def choose_near(p0: Any, p1: Any, p2: Any, divisor: int, bounds: Any, room: Any) -> Any:
     """A round around `bounds`, a `divisor`-th of a cluster apart; returns the widest step."""
     k = bounds.size - 1

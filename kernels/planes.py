@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sketchconv.kernels.jit import jit
+from sketchconv.kernels.jit import inner, jit
 from sketchconv.kernels.threads import for_spans
 
 U8 = NDArray[np.uint8]
@@ -48,7 +48,7 @@ def _pack_span(codes: Any, packed: Any, begin: int, end: int, bits: int) -> None
                     shift = np.uint8(shift + width)
 
 
-@jit
+@inner
 def _pack_plane(source: Any, target: Any, width: int, shift: Any) -> None:
     per_byte = 8 // width
     mask = np.uint8((1 << width) - 1)
@@ -85,7 +85,7 @@ def _unpack_span(packed: Any, codes: Any, begin: int, end: int, bits: int) -> No
                     shift = np.uint8(shift + width)
 
 
-@jit
+@inner
 def _unpack_plane(source: Any, target: Any, width: int, shift: Any) -> None:
     per_byte = 8 // width
     mask = np.uint8((1 << width) - 1)
