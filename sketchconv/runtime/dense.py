@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from sketchconv.errors import LoadError
 from sketchconv.runtime.modules import SketchEmbedding, SketchLinear, SketchModule
-from sketchconv.runtime.ties import is_tied
+from sketchconv.runtime.tied import Tied
 
 
 def dense_modules(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -19,10 +19,10 @@ def dense_modules(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel
     """
     made: dict[SketchModule, nn.Module] = {}
     modules = [(p, m) for p, m in model.named_modules() if isinstance(m, SketchModule)]
-    for path, module in sorted(modules, key=lambda pair: is_tied(pair[1])):
+    for path, module in sorted(modules, key=lambda pair: isinstance(pair[1], Tied)):
         dense = _dense(module, dtype)
-        if is_tied(module):
-            dense.weight = made[module.__dict__["_owner"]].weight
+        if isinstance(module, Tied):
+            dense.weight = made[module.owner].weight
         made[module] = dense
         model.set_submodule(path, dense)
     for part in model.modules():
@@ -44,5 +44,6 @@ def _dense(module: SketchModule, dtype: torch.dtype) -> nn.Module:
         raise LoadError(f"a {type(module).__name__} has no dense form")
     with torch.device("meta"):
         linear = nn.Linear(module.columns, module.rows, bias=False, dtype=dtype)
-    linear.weight, linear.bias = weight, module.bias
+    linear.weight = weight
+    linear.register_parameter("bias", module.bias)
     return linear

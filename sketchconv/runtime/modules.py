@@ -120,7 +120,7 @@ class SketchModule(nn.Module):
         """Move or cast the module: the LUT is moved, never cast."""
         lut = self._parameters.get("sketch_lut")
         before = None if lut is None else lut.data
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = self._parameters.get("sketch_lut")
         if before is not None and after is not None and after.dtype is not before.dtype:
             after.data = before.to(after.device)
@@ -240,71 +240,3 @@ class SketchEmbedding(SketchModule):
 
     def _shape(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
-
-
-class _Tied(SketchModule):
-    """Uses the sketch of another module, and has no index and no LUT in its own state."""
-
-    _owner: SketchModule
-
-    def _make_state(self, lut_dtype: torch.dtype, device: torch.device | str | None) -> None:
-        pass
-
-    def _tensors(self) -> tuple[Tensor, Tensor]:
-        return self._owner._tensors()
-
-    @property
-    def sketch_index(self) -> Tensor:  # type: ignore[override]
-        """The index of the owner."""
-        return self._tensors()[0]
-
-    @property
-    def sketch_lut(self) -> Tensor:  # type: ignore[override]
-        """The LUT of the owner."""
-        return self._tensors()[1]
-
-
-class TiedSketchLinear(_Tied, SketchLinear):
-    """A `SketchLinear` that shares the sketch of `owner`: an output head tied to an embedding."""
-
-    def __init__(
-        self,
-        owner: SketchModule,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.__dict__["_owner"] = owner  # not a submodule: the owner is elsewhere in the model
-        super().__init__(
-            owner.columns,
-            owner.rows,
-            owner.bits,
-            owner.groups,
-            bias=bias,
-            device=device,
-            dtype=dtype,
-        )
-
-
-class TiedSketchEmbedding(_Tied, SketchEmbedding):
-    """A `SketchEmbedding` that shares the sketch of `owner`: an embedding tied to a head."""
-
-    def __init__(
-        self,
-        owner: SketchModule,
-        *,
-        padding_idx: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.__dict__["_owner"] = owner  # not a submodule: the owner is elsewhere in the model
-        super().__init__(
-            owner.rows,
-            owner.columns,
-            owner.bits,
-            owner.groups,
-            padding_idx=padding_idx,
-            device=device,
-            dtype=dtype,
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,7 +32,7 @@ class Place:
 
 
 def places(
-    model: PreTrainedModel, state: Mapping[str, Tensor], names: Collection[str]
+    model: PreTrainedModel, state: dict[str, Tensor], names: Collection[str]
 ) -> dict[str, Place]:
     """The place of each stored tensor among `state`, the model's state.
 

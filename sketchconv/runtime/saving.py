@@ -21,7 +21,7 @@ from sketchconv.formats.tensors import TensorInfo
 from sketchconv.kernels.packed import LUT_DTYPES
 from sketchconv.runtime.modules import SketchModule
 from sketchconv.runtime.replace import WEIGHT
-from sketchconv.runtime.ties import is_tied
+from sketchconv.runtime.tied import Tied
 
 TORCH_DTYPES = {
     **LUT_DTYPES,
@@ -59,7 +59,7 @@ def state_and_metadata(
     paths = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, SketchModule) and not is_tied(module)
+        if isinstance(module, SketchModule) and not isinstance(module, Tied)
     }
     names = _final_names(model, state, list(paths))
     if names:
@@ -143,8 +143,8 @@ def _aliases(
         if source in stored and target not in stored
     }
     for path, module in model.named_modules():
-        if isinstance(module, SketchModule) and is_tied(module):
-            found[path + WEIGHT] = owners[id(module.__dict__["_owner"])]
+        if isinstance(module, Tied):
+            found[path + WEIGHT] = owners[id(module.owner)]
     return found
 
 
@@ -153,4 +153,4 @@ def _digest(name: str, tensor: Tensor) -> str:
         raise LoadError(f"{name} is {tensor.dtype}, which a sketch cannot store")
     info = TensorInfo(name, TORCH_DTYPES[tensor.dtype], tuple(tensor.shape))
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return tensor_digest(info, memoryview(flat.numpy()))
+    return tensor_digest(info, flat.numpy().data)

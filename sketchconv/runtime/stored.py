@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sketchconv.errors import LoadError, SketchconvError
+from sketchconv.errors import FormatError, LoadError
 from sketchconv.formats.coverage import check_tensors
 from sketchconv.formats.manifest import Manifest
 from sketchconv.formats.merge import merge_manifests
@@ -45,22 +45,25 @@ def read_stored(files: Iterable[str | Path]) -> Stored:
             of the document is in none of them.
     """
     paths = [Path(file) for file in files]
+    if not paths:
+        raise LoadError("a sketch is loaded from its files, but none were given")
+    try:
+        return _read(paths)
+    except (FormatError, OSError) as error:
+        raise LoadError(f"not a sound sketch: {error}") from error
+
+
+def _read(paths: list[Path]) -> Stored:
     manifests: dict[str, Manifest] = {}
     tensors: dict[str, TensorInfo] = {}
-    try:
-        for path in paths:
-            with SktchFile.open(path, partial=len(paths) > 1) as file:
-                manifests[path.name] = file.manifest
-                for name, entry in file.container.entries.items():
-                    if name in tensors:
-                        raise LoadError(f"{path.name}: {name} is in another file too")
-                    tensors[name] = entry.info
-        if not paths:
-            raise LoadError("a sketch is loaded from files, but none were given")
-        manifest = merge_manifests(manifests, paths[0].parent.name)
-        check_tensors(manifest, tensors, paths[0].parent.name)
-    except LoadError:
-        raise
-    except (SketchconvError, OSError) as error:
-        raise LoadError(f"not a sound sketch: {error}") from error
+    where = paths[0].parent.name
+    for path in paths:
+        with SktchFile.open(path, partial=len(paths) > 1) as file:
+            manifests[path.name] = file.manifest
+            for name, entry in file.container.entries.items():
+                if name in tensors:
+                    raise LoadError(f"{path.name}: {name} is in another file too")
+                tensors[name] = entry.info
+    manifest = merge_manifests(manifests, where)
+    check_tensors(manifest, tensors, where)
     return Stored(manifest, tensors)

@@ -9,12 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sketchconv.errors import LoadError
-from sketchconv.runtime.modules import (
-    SketchModule,
-    TiedSketchEmbedding,
-    TiedSketchLinear,
-)
+from sketchconv.runtime.modules import SketchModule
 from sketchconv.runtime.replace import WEIGHT, copy_scale
+from sketchconv.runtime.tied import TiedSketchEmbedding, TiedSketchLinear
 
 
 def tie_modules(
@@ -81,14 +78,8 @@ def _forget(model: PreTrainedModel, dropped: Collection[str]) -> None:
         if not isinstance(part, PreTrainedModel):
             continue
         prefix = f"{path}." if path else ""
-        known = part.get_expanded_tied_weights_keys(all_submodels=False)
-        kept = {k: v for k, v in known.items() if prefix + k not in dropped}
+        known = getattr(part, "all_tied_weights_keys", {})
+        kept = {key: owner for key, owner in known.items() if prefix + key not in dropped}
         if kept != known:
-            part._tied_weights_keys = kept
-        keys = getattr(part, "all_tied_weights_keys", {})
-        part.all_tied_weights_keys = {k: v for k, v in keys.items() if prefix + k not in dropped}
-
-
-def is_tied(module: nn.Module) -> bool:
-    """Whether a module uses the sketch of another."""
-    return isinstance(module, TiedSketchLinear | TiedSketchEmbedding)
+            # The list of the class is left alone; `tie_weights` reads that of the instance first.
+            part._tied_weights_keys, part.all_tied_weights_keys = dict(kept), kept
