@@ -14,6 +14,7 @@ from sketchconv.kernels.jit import inner
 from sketchconv.kernels.partition import cube_root
 
 DIGITS = 256
+CAPPINGS = 4
 
 
 @inner
@@ -105,10 +106,11 @@ def sum_atoms(values: Any, masses: Any, p0: Any, p1: Any, p2: Any) -> None:
 
 
 @inner
-def atom_density(values: Any, p0: Any, p1: Any, density: Any, places: Any) -> Any:
+def atom_density(values: Any, p0: Any, p1: Any, cells: int, density: Any, places: Any) -> Any:
     """(mass * width^2)^(1/3) of equal runs of atoms, and where they begin; returns the sum.
 
-    The width of a run reaches to the next one, in the units of the prefix sums.
+    The width of a run reaches to the next one, in the units of the prefix sums. No run counts for
+    more of the `cells` than it has atoms, or an outlier would take them all.
     """
     n = values.size
     blocks = density.size
@@ -122,6 +124,12 @@ def atom_density(values: Any, p0: Any, p1: Any, density: Any, places: Any) -> An
         width = (values[min(end, n - 1)] - values[begin]) * unit
         density[b] = cube_root((p0[end] - p0[begin]) * width * width)
         total += density[b]
+    for _ in range(CAPPINGS if n > cells else 0):
+        cell = total / cells
+        total = 0.0
+        for b in range(blocks):
+            density[b] = min(density[b], (places[b + 1] - places[b]) * cell)
+            total += density[b]
     return total
 
 
@@ -134,6 +142,9 @@ def atom_means(values: Any, masses: Any, bounds: Any, entries: Any) -> None:
             entries[j] = entries[j - 1] if j else values[0]
             continue
         origin = values[begin]
+        if end == begin + 1:
+            entries[j] = origin
+            continue
         weight = 0.0
         first = 0.0
         for i in range(begin, end):

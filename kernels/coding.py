@@ -97,6 +97,21 @@ def walk_codes(x: Any, keys: Any, thresholds: Any, codes: Any) -> None:
 
 
 @inner
+def keep_first(cast: Any, codes: Any) -> None:
+    """Among equal entries, which rounding or padding makes, only the first keeps its codes."""
+    equal = 0
+    for i in range(1, cast.size):
+        equal += cast[i] == cast[i - 1]
+    if equal == 0:
+        return
+    for i in range(codes.size):
+        code = codes[i]
+        while code > 0 and cast[code] == cast[code - 1]:
+            code -= 1
+        codes[i] = np.uint8(code)
+
+
+@inner
 def squares(x: Any, cast: Any, codes: Any, gaps: Any) -> Any:
     """Sums of (x - entry)^2 and x^2 in float64, in an order that the size fixes.
 

@@ -145,3 +145,18 @@ def choose_near(p0: Any, p1: Any, p2: Any, divisor: int, bounds: Any, room: Any)
             room.spots[j, t] = np.int64(min(max(middle + (t - HALF) * step, 0.0), last))
     choose(p0, p1, p2, bounds, room)
     return widest
+
+
+@inner
+def split(p0: Any, p1: Any, p2: Any, bounds: Any) -> None:
+    """The best partition into two, by trying every boundary: outliers give it several optima."""
+    last = p0.size - 1
+    cheapest = 1e300
+    for b in range(1, last):
+        left, right = p0[b], p0[last] - p0[b]
+        s = p1[last] - p1[b]
+        gain = p1[b] * p1[b] / max(left, 1e-300) + s * s / max(right, 1e-300)
+        if p2[last] - gain < cheapest:
+            cheapest = p2[last] - gain
+            bounds[1] = b
+    bounds[0], bounds[2] = 0, last

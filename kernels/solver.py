@@ -18,6 +18,7 @@ from sketchconv.kernels.atoms import (
 from sketchconv.kernels.coding import (
     count_above,
     fill_thresholds,
+    keep_first,
     round_entries,
     squares,
     walk_codes,
@@ -44,12 +45,14 @@ from sketchconv.kernels.partition import (
     choose_near,
     drop_empty,
     make_room,
+    split,
     spread_edges,
 )
 
 MOST_BINNED = 16
 SHORTEST_BINNED = 256
 LONG = 2048
+LEAST_USED = 5  # an outlier or few distinct values leave less than this part of the bins used
 SMALLEST, LARGEST = np.float32(1e-30), np.float32(1e30)
 CELLS = 6
 PER_BLOCK = 8
@@ -111,23 +114,13 @@ def make_scratch(n: int, k: int, exact: bool) -> Scratch:
 
 
 @inner
-def _solve_bins(x: Any, mass: Any, weighted: bool, uneven: bool, s: Any) -> Any:
-    """Fill ``s.entries`` by way of a histogram; False where its resolution would not do.
+def _near_bins(p0: Any, p1: Any, p2: Any, uneven: bool, s: Any) -> None:
+    """Near-optimal partition of the bins.
 
     Where few columns carry the weight (`uneven`) the coarse grid follows them more closely, and
     one more round repairs what it misses.
     """
     k = s.entries.size
-    centre = rough_mean(x)
-    scale = np.float32(SPREAD * mean_deviation(x, mass, centre))
-    if not (SMALLEST < scale < LARGEST and abs(centre) < LARGEST):
-        return False
-    count = s.histogram.shape[1]
-    p0, p1, p2 = s.prefix[0, : count + 1], s.prefix[1, : count + 1], s.prefix[2, : count + 1]
-    find_bins(x, centre, scale, count, s.bins)
-    fill_bins(x, mass, weighted, centre, s.bins, s.histogram)
-    if sum_bins(s.histogram, 1.0 / np.float64(scale), p0, p1, p2) < 4 * k:
-        return False
     edges = s.edges[: PER_CLUSTER * k + 1]
     density = s.density[: MOST_BLOCKS if uneven else BLOCKS]
     bin_density(p0, p1, density, s.places)
@@ -137,6 +130,27 @@ def _solve_bins(x: Any, mass: Any, weighted: bool, uneven: bool, s: Any) -> Any:
         choose_near(p0, p1, p2, 2, s.bounds, s.room)
     choose_near(p0, p1, p2, 8, s.bounds, s.room)
     choose_near(p0, p1, p2, 32, s.bounds, s.room)
+
+
+@inner
+def _solve_bins(x: Any, mass: Any, weighted: bool, uneven: bool, s: Any) -> Any:
+    """Fill ``s.entries`` by way of a histogram; False where its resolution would not do."""
+    k = s.entries.size
+    centre = rough_mean(x)
+    scale = np.float32(SPREAD * mean_deviation(x, mass, centre))
+    if not (SMALLEST < scale < LARGEST and abs(centre) < LARGEST):
+        return False
+    count = s.histogram.shape[1]
+    p0, p1, p2 = s.prefix[0, : count + 1], s.prefix[1, : count + 1], s.prefix[2, : count + 1]
+    find_bins(x, centre, scale, count, s.bins)
+    fill_bins(x, mass, weighted, centre, s.bins, s.histogram)
+    used = sum_bins(s.histogram, 1.0 / np.float64(scale), p0, p1, p2)
+    if used < max(4 * k, count // LEAST_USED):
+        return False
+    if k == 2:
+        split(p0, p1, p2, s.bounds)
+    else:
+        _near_bins(p0, p1, p2, uneven, s)
     bin_means(p0, p1, np.float64(centre), np.float64(scale), s.bounds, s.entries)
     return True
 
@@ -147,8 +161,8 @@ def _near_bounds(values: Any, p0: Any, p1: Any, p2: Any, s: Any) -> None:
     k = s.entries.size
     blocks = max(values.size // PER_BLOCK, 1)
     density, places = s.density[:blocks], s.places[: blocks + 1]
-    integral = atom_density(values, p0, p1, density, places)
     cells = CELLS * k
+    integral = atom_density(values, p0, p1, cells, density, places)
     edges = s.edges[: cells + 1]
     if values.size > cells:
         spread_edges(density, places, edges)
@@ -233,6 +247,7 @@ def solve_span(
                 count_above(x, thresholds, code)
             else:
                 walk_codes(x, scratch.keys[0], thresholds, code)
+            keep_first(cast, code)
             e, s = squares(x, cast, code, scratch.gaps)
             error[row] += e
             norm[row] += s
