@@ -56,10 +56,10 @@ def multiply(matrix: Packed, x: Tensor, kernel: str | None = None) -> Tensor:
     dtype = x.dtype
     if dtype is torch.float16:
         return multiply(matrix, x.float(), kernel).half()
-    if (dtype is not torch.float32 and dtype is not torch.bfloat16) or x.device.type != "cpu":
+    if (dtype is not torch.float32 and dtype is not torch.bfloat16) or not x.is_cpu:
         raise ValueError(f"x must be float in CPU memory, got {dtype} on {x.device}")
-    x = x.detach().contiguous()
-    y = x.new_empty((*x.shape[:-1], matrix.rows))
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], matrix.rows), dtype=dtype)
     run = choose(kernel).multiply(matrix.bits, matrix.lut_dtype)
     args = (
         matrix.index.data_ptr(),

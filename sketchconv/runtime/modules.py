@@ -106,7 +106,7 @@ class SketchModule(nn.Module):
         ):
             return known
         self._packed = None
-        if index.device.type == "cpu" and lut.device.type == "cpu":
+        if index.is_cpu and lut.is_cpu:
             self._packed = Packed.of(index.contiguous(), lut.contiguous(), self.columns)
         return self._packed
 

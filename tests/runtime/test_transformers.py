@@ -84,6 +84,18 @@ def test_a_tied_head_shares_the_embedding(tiny, tmp_path, ids):
     assert not hasattr(with_base, "lm_head")
 
 
+def test_shards_of_our_own_writer_load(tiny, tmp_path, ids):
+    dense = tiny.build("LlamaForCausalLM", tie_word_embeddings=False)
+    sketch = tiny.write(dense, tmp_path / "m", shard=20_000)
+    assert len(list(sketch.path.glob("*.safetensors"))) > 2
+    model = AutoModelForCausalLM.from_pretrained(sketch.path)
+    assert_same(model, sketch.dense, ids)
+    last = sorted(sketch.path.glob("*.safetensors"))[-1]
+    last.unlink()
+    with pytest.raises((LoadError, OSError)):
+        AutoModelForCausalLM.from_pretrained(sketch.path)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtype_and_device_map(tiny, tmp_path, ids, dtype):
     sketch = tiny.write(tiny.build("LlamaForCausalLM"), tmp_path / "m", embeddings=True)
