@@ -67,9 +67,7 @@ def test_products_match_the_reference(kernel, bits):
                 np.random.default_rng(tokens).standard_normal((tokens, shape[2])).astype(np.float32)
             )
             y = gemv.multiply(matrix, x, kernel)
-            expected = reference_linear.linear(
-                x.numpy(), matrix.index.numpy(), carrier(matrix.lut)
-            )
+            expected = reference_linear.linear(x.numpy(), matrix.index.numpy(), carrier(matrix.lut))
             error = np.abs(y.numpy() - expected)
             assert (error <= bound(matrix, x, 2.0**-24)).all(), (shape, tokens)
             assert y.dtype is torch.float32
