@@ -41,6 +41,7 @@ from sketchconv.kernels.avx512_ir import (
     pointer,
     slots,
     splat,
+    sum_lanes,
 )
 from sketchconv.kernels.planes import fields
 
@@ -83,21 +84,6 @@ def _add_block(
             total = sums[token][slot % len(sums[token])]
             args = [weight, value, b.load(total)]
             b.store(call(b, "llvm.fma.v16f32", VF32, args), total)
-
-
-def _total(b: Any, sums: list[Any]) -> Any:
-    """Sum of the accumulators' lanes, halves onto halves: one order, whatever the machine."""
-    while len(sums) > 1:
-        sums = [b.fadd(low, high) for low, high in zip(sums[::2], sums[1::2], strict=True)]
-    value, lanes = sums[0], LANES
-    while lanes > 1:
-        lanes //= 2
-        halves = [
-            b.shuffle_vector(value, value, ir.Constant(ir.VectorType(I32, lanes), order))
-            for order in (list(range(lanes)), list(range(lanes, 2 * lanes)))
-        ]
-        value = b.fadd(*halves)
-    return b.extract_element(value, I32(0))
 
 
 def _emit_group(
@@ -147,7 +133,7 @@ def _emit_row(b: Any, bits: int, lut: str, tokens: int, args: list[Any]) -> list
         starts = plane_starts(b, b.add(index, b.mul(group.index, group_bytes)), sizes)
         x_group = b.add(x, b.mul(b.mul(group.index, blocks), I64(4 * size)))
         _emit_group(b, bits, tables, starts, x_group, stride, sums, columns)
-    return [_total(b, [b.load(total) for total in row]) for row in sums]
+    return [sum_lanes(b, [b.load(total) for total in row]) for row in sums]
 
 
 def _natural_codes(b: Any, width: int, address: Any, left: Any | None) -> Any:

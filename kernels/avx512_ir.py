@@ -142,3 +142,18 @@ def plane_starts(b: Any, index: Any, sizes: list[Any]) -> list[Any]:
     for size in sizes[:-1]:
         starts.append(b.add(starts[-1], size))
     return starts
+
+
+def sum_lanes(b: Any, sums: list[Any]) -> Any:
+    """Sum of the accumulators' lanes, halves onto halves: one order, whatever the machine."""
+    while len(sums) > 1:
+        sums = [b.fadd(low, high) for low, high in zip(sums[::2], sums[1::2], strict=True)]
+    value, lanes = sums[0], LANES
+    while lanes > 1:
+        lanes //= 2
+        halves = [
+            b.shuffle_vector(value, value, ir.Constant(ir.VectorType(I32, lanes), order))
+            for order in (list(range(lanes)), list(range(lanes, 2 * lanes)))
+        ]
+        value = b.fadd(*halves)
+    return b.extract_element(value, I32(0))
