@@ -20,7 +20,8 @@ from sketchconv.kernels.reductions import (
     nonfinite_rows,
     squared_matvec,
 )
-from sketchconv.kernels.solver import make_scratch, solve_span
+from sketchconv.kernels.scratch import make_scratch
+from sketchconv.kernels.solver import solve_span
 from sketchconv.kernels.threads import for_spans
 
 __all__ = [
@@ -112,7 +113,7 @@ def solve_rows(
     error, norm = np.empty(rows), np.empty(rows)
     words = source.view(np.uint32)
     masses = np.ones((groups, columns // groups), np.float32) if mass is None else mass
-    uneven = masses.shape[1] < UNEVEN * (1 << bits) * np.square(masses).mean(axis=1)
+    uneven = _uneven(mass, groups, bits)
     for_spans(
         lambda b, e: solve_span(
             source, words, masses, mass is not None, uneven, exact, KINDS[lut_dtype],
@@ -166,6 +167,13 @@ def _masses(weights: NDArray[np.float64], columns: int, groups: int) -> NDArray[
     mass[mass.max(axis=1) == 0] = 1.0
     mass /= mass.max(axis=1, keepdims=True)
     return (mass / mass.mean(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _uneven(mass: NDArray[np.float32] | None, groups: int, bits: int) -> NDArray[np.bool_]:
+    """Groups in which few columns, counted by their weight, share the LUT's entries."""
+    if mass is None:
+        return np.zeros(groups, np.bool_)
+    return mass.shape[1] < UNEVEN * (1 << bits) * np.square(mass, dtype=np.float64).mean(axis=1)
 
 
 def _carrier(

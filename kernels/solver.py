@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sketchconv.kernels.atoms import (
-    DIGITS,
     atom_density,
     atom_means,
     gather_atoms,
@@ -40,77 +38,18 @@ from sketchconv.kernels.jit import inner, jit
 from sketchconv.kernels.lagrange import priced_bounds
 from sketchconv.kernels.partition import (
     PER_CLUSTER,
-    Room,
     choose_edges,
     choose_near,
     drop_empty,
-    make_room,
     split,
     spread_edges,
 )
+from sketchconv.kernels.scratch import CELLS, PER_BLOCK
 
 MOST_BINNED = 16
 SHORTEST_BINNED = 256
-LONG = 2048
 LEAST_USED = 5  # an outlier or few distinct values leave less than this part of the bins used
 SMALLEST, LARGEST = np.float32(1e-30), np.float32(1e30)
-CELLS = 6
-PER_BLOCK = 8
-
-
-class Scratch(NamedTuple):
-    """Arrays that a thread uses again for every group of n values and k entries."""
-
-    room: Room
-    bounds: NDArray[np.int64]  # [k + 1]
-    entries: NDArray[np.float64]  # [k]
-    prefix: NDArray[np.float64]  # [3, max(n, bins) + 1]
-    density: NDArray[np.float64]  # [blocks]
-    places: NDArray[np.int64]  # [blocks + 1]
-    edges: NDArray[np.int64]  # [cells + 1]
-    bins: NDArray[np.uint16]  # [n]
-    histogram: NDArray[np.float64]  # [2, bins]
-    keys: NDArray[np.uint64]  # [2, n]
-    counts: NDArray[np.int64]  # [4, 256]
-    atoms: NDArray[np.float64]  # [2, n] values, masses
-    cells: NDArray[np.float64]  # [3, cells + 1] prefix sums at the edges
-    costs: NDArray[np.float64]  # [2, max(n, cells) + 1]
-    paths: NDArray[np.int64]  # [3, max(n, cells) + 1]
-    starts: NDArray[np.int32]  # [k + 1, n + 1] in exact mode
-    gaps: NDArray[np.float32]  # [n]
-    words: NDArray[np.uint32]  # [k] rounded entries, and the same
-    cast: NDArray[np.float32]  # as float32
-    thresholds: NDArray[np.float32]  # [k, but at least 8]
-
-
-def make_scratch(n: int, k: int, exact: bool) -> Scratch:
-    """A `Scratch` for groups of n values and k entries."""
-    bins = 1024 if n >= LONG else 512
-    blocks = max(MOST_BLOCKS, n // PER_BLOCK + 1)
-    cells = CELLS * k
-    words = np.zeros(k, np.uint32)
-    return Scratch(
-        room=make_room(k),
-        bounds=np.zeros(k + 1, np.int64),
-        entries=np.zeros(k),
-        prefix=np.zeros((3, max(n, bins) + 1)),
-        density=np.zeros(blocks),
-        places=np.zeros(blocks + 1, np.int64),
-        edges=np.zeros(cells + 1, np.int64),
-        bins=np.zeros(n, np.uint16),
-        histogram=np.zeros((2, bins)),
-        keys=np.zeros((2, n), np.uint64),
-        counts=np.zeros((4, DIGITS), np.int64),
-        atoms=np.zeros((2, n)),
-        cells=np.zeros((3, cells + 1)),
-        costs=np.zeros((2, max(n, cells) + 1)),
-        paths=np.zeros((3, max(n, cells) + 1), np.int64),
-        starts=np.zeros((k + 1, n + 1) if exact else (0, 0), np.int32),
-        gaps=np.zeros(n, np.float32),
-        words=words,
-        cast=words.view(np.float32),
-        thresholds=np.zeros(max(k, 8), np.float32),
-    )
 
 
 @inner
@@ -128,8 +67,8 @@ def _near_bins(p0: Any, p1: Any, p2: Any, uneven: bool, s: Any) -> None:
     choose_edges(p0, p1, p2, edges, s.bounds, s.room)
     if uneven:
         choose_near(p0, p1, p2, 2, s.bounds, s.room)
-    choose_near(p0, p1, p2, 8, s.bounds, s.room)
-    choose_near(p0, p1, p2, 32, s.bounds, s.room)
+    for divisor in s.rounds:
+        choose_near(p0, p1, p2, divisor, s.bounds, s.room)
 
 
 @inner
