@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from sketchconv.sources.base import Source
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _OTHER_FORMATS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ggml", ".onnx")
 
 
@@ -105,7 +108,7 @@ def prepare(
         plan = make_plan(source.infos, model, recipe, equal_tensors=equal_ties(source, model))
         moments = _moments(source, config, recipe)
         draft = _draft(source, plan, recipe, moments)
-        files = _with_config(source.files(), config, recipe)
+        files = _with_config(source.files(), _with_dtype(config, source), recipe)
         sizes = _sizes(output, draft, files, max_shard_size)
         budget = chunk_budget(max_memory)
     except BaseException:
@@ -193,6 +196,20 @@ def _draft(source: Source, plan: Plan, recipe: Recipe, moments: Moments) -> Draf
         source={"id": source.id, "revision": source.revision, "format": source.format},
         tool=f"sketchconv {__version__}",
     )
+
+
+def _with_dtype(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """The config with the dtype of most parameters, where it names none.
+
+    Without it transformers would take the dtype of the first tensor, which may be a LUT.
+    """
+    if config.get("dtype") or config.get("torch_dtype"):
+        return dict(config)
+    counts: Counter[str] = Counter()
+    for info in source.infos.values():
+        counts[info.dtype] += math.prod(info.shape)
+    floats = [(counts[dtype], name) for dtype, name in _TORCH_DTYPES.items() if counts[dtype]]
+    return {**config, "dtype": max(floats)[1]} if floats else dict(config)
 
 
 def _with_config(

@@ -31,6 +31,7 @@ def command(model: str, prompt: str, *, threads: int | None, **options: Any) -> 
 
     if threads is not None:
         set_threads(threads)
+    _silence()
     started = time.perf_counter()
     tokenizer = load_tokenizer(model)
     network = load(model)
@@ -47,3 +48,10 @@ def command(model: str, prompt: str, *, threads: int | None, **options: Any) -> 
         f"({count / max(seconds, 1e-9):.1f} tokens/s, prompt included)",
         err=True,
     )
+
+
+def _silence() -> None:
+    """No progress bar of the weights: they are there in a second, and stdout is for the text."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
