@@ -36,16 +36,17 @@ def command(model: str, prompt: str, *, threads: int | None, **options: Any) -> 
     tokenizer = load_tokenizer(model)
     network = load(model)
     loaded = time.perf_counter()
-    text = ""
+    first, text = 0.0, ""
     for piece in stream(network, tokenizer, prompt, **options):
+        first = first or time.perf_counter()
         text += piece
         click.echo(piece, nl=False)
     click.echo()
     count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    seconds = time.perf_counter() - loaded
+    rate = (count - 1) / max(time.perf_counter() - first, 1e-9) if count > 1 else 0.0
     click.echo(
-        f"loaded in {loaded - started:.1f} s; {count} tokens in {seconds:.1f} s "
-        f"({count / max(seconds, 1e-9):.1f} tokens/s, prompt included)",
+        f"loaded in {loaded - started:.1f} s; prompt read (and, the first time, kernels compiled) "
+        f"in {first - loaded if first else 0:.1f} s; {count} tokens at {rate:.1f} tokens/s",
         err=True,
     )
 
