@@ -41,30 +41,30 @@ def _cost(builder: Any, left: list[Any], right: list[Any]) -> Any:
     return builder.select(backward, v.constant(FLOATS, FAR), cost)
 
 
-def _localise(builder: Any, left: Any, right: Any) -> tuple[list[Any], list[Any]]:
+def _localise(builder: Any, a: list[Any], b: list[Any]) -> tuple[list[Any], list[Any]]:
     """Both sides' moments, counted from the middle left end, about the mean from there."""
-    sides = [
-        [v.load(builder, d, DOUBLES, v.I64(BAND * i)) for i in range(3)] for d in (left, right)
-    ]
     middle = v.I32(BAND // 2)
-    starts, ends = ([builder.extract_element(x, middle) for x in side] for side in sides)
+    starts, ends = ([builder.extract_element(x, middle) for x in side] for side in (a, b))
     w, s = (builder.fsub(e, o) for e, o in zip(ends[:2], starts[:2], strict=True))
     some = builder.fcmp_ordered(">", w, ir.Constant(v.F64, 0.0))
     safe = builder.select(some, w, ir.Constant(v.F64, 1.0))
     mean = v.splat(builder, builder.fdiv(s, safe), BAND)
     origin = [v.splat(builder, o, BAND) for o in starts]
-    return _centre(builder, sides[0], origin, mean), _centre(builder, sides[1], origin, mean)
+    return _centre(builder, a, origin, mean), _centre(builder, b, origin, mean)
 
 
-def _emit(builder: Any, left: Any, right: Any, best: Any, fresh: Any, choice: Any) -> None:
+def _emit(builder: Any, sums: list[Any], spots: Any, side: Any, best: Any, choice: Any) -> None:
+    offsets = [v.load(builder, spots, v.I64, v.I64(i)) for i in range(BAND)]
+    left = [v.load(builder, side, DOUBLES, v.I64(BAND * i)) for i in range(3)]
+    right = [v.gather(builder, data, DOUBLES, offsets) for data in sums]
+    for i, values in enumerate(right):
+        v.store(builder, values, side, v.I64(BAND * i))
     lefts, rights = _localise(builder, left, right)
     bases = v.load(builder, best, FLOATS, v.I64(0))
     low, pick = None, v.constant(INTS, 0)
     for i in range(BAND):
-        one, base = (
-            [v.splat(builder, builder.extract_element(x, v.I32(i)), BAND) for x in lefts],
-            v.splat(builder, builder.extract_element(bases, v.I32(i)), BAND),
-        )
+        one = [v.splat(builder, builder.extract_element(x, v.I32(i)), BAND) for x in lefts]
+        base = v.splat(builder, builder.extract_element(bases, v.I32(i)), BAND)
         total = builder.fadd(base, _cost(builder, one, rights))
         if low is None:
             low = total
@@ -72,23 +72,25 @@ def _emit(builder: Any, left: Any, right: Any, best: Any, fresh: Any, choice: An
         better = builder.fcmp_ordered("<", total, low)
         low = builder.select(better, total, low)
         pick = builder.select(better, v.constant(INTS, i), pick)
-    v.store(builder, low, fresh, v.I64(0))
+    v.store(builder, low, best, v.I64(0))
     v.store(builder, pick, choice, v.I64(0))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def banded_step(
-    _typing: Any, left: Any, right: Any, best: Any, fresh: Any, choice: Any
+    _typing: Any, p0: Any, p1: Any, p2: Any, spots: Any, side: Any, best: Any, choice: Any
 ) -> tuple[Any, Any]:
-    """``fresh[b] = min_a best[a] + cost(left[a], right[b])``, and the lowest such a in `choice`.
+    """``best[b] <- min_a best[a] + cost(a, b)``, and the lowest such a in ``choice[b]``.
 
-    `left` and `right` are float64 ``[3, 8]``: prefix sums of mass, first and second moment at the
-    candidates of two neighbouring boundaries; `best` and `fresh` float32 ``[8]``, `choice` int32
-    ``[8]``, all C-contiguous. Intervals that run backwards cost `FAR`.
+    `p0`, `p1`, `p2` are float64 prefix sums of mass, first and second moment; `spots` int64
+    ``[8]`` the candidates b of a boundary. `side` float64 ``[3, 8]`` holds the sums at the
+    candidates a of the boundary before, and then those of this one; `best` is float32 ``[8]``,
+    `choice` int32 ``[8]``, all C-contiguous. Intervals that run backwards cost `FAR`.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _emit(builder, *v.data_of(context, builder, signature, args))
+        *sums, place, ends, costs, picks = v.data_of(context, builder, signature, args)
+        _emit(builder, sums, place, ends, costs, picks)
         return context.get_dummy_value()
 
-    return types.void(left, right, best, fresh, choice), codegen
+    return types.void(p0, p1, p2, spots, side, best, choice), codegen

@@ -25,8 +25,8 @@ class Room(NamedTuple):
     """Scratch of `choose` for k clusters."""
 
     spots: NDArray[np.int64]  # [k + 1, 8] candidate positions
-    sides: NDArray[np.float64]  # [2, 3, 8] prefix sums at the candidates of two boundaries
-    best: NDArray[np.float32]  # [2, 8] cost up to them
+    side: NDArray[np.float64]  # [3, 8] prefix sums at the candidates of one boundary
+    best: NDArray[np.float32]  # [8] cost up to them
     choices: NDArray[np.int32]  # [k + 1, 8] best candidate of the boundary before
 
 
@@ -34,8 +34,8 @@ def make_room(k: int) -> Room:
     """A `Room` for k clusters."""
     return Room(
         np.zeros((k + 1, BAND), np.int64),
-        np.zeros((2, 3, BAND)),
-        np.zeros((2, BAND), np.float32),
+        np.zeros((3, BAND)),
+        np.zeros(BAND, np.float32),
         np.zeros((k + 1, BAND), np.int32),
     )
 
@@ -96,22 +96,14 @@ def choose(p0: Any, p1: Any, p2: Any, bounds: Any, room: Any) -> None:
     for t in range(BAND):
         spots[0, t] = 0
         spots[k, t] = p0.size - 1
-    left, right = room.sides[0], room.sides[1]
-    old, new = room.best[0], room.best[1]
+    side, best = room.side, room.best
     for t in range(BAND):
-        old[t] = 0
-        left[0, t] = 0.0
-        left[1, t] = 0.0
-        left[2, t] = 0.0
+        best[t] = 0
+        side[0, t] = 0.0
+        side[1, t] = 0.0
+        side[2, t] = 0.0
     for j in range(1, k + 1):
-        for t in range(BAND):
-            spot = np.uint64(spots[j, t])
-            right[0, t] = p0[spot]
-            right[1, t] = p1[spot]
-            right[2, t] = p2[spot]
-        banded_step(left, right, old, new, choices[j])
-        left, right = right, left
-        old, new = new, old
+        banded_step(p0, p1, p2, spots[j], side, best, choices[j])
     pick = 0
     bounds[k] = spots[k, 0]
     for j in range(k, 0, -1):

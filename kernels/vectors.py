@@ -58,6 +58,18 @@ def load(builder: Any, data: Any, kind: Any, offset: Any) -> Any:
     return builder.load(slot(builder, data, kind, offset), align=1)
 
 
+def gather(builder: Any, data: Any, kind: Any, offsets: list[Any]) -> Any:
+    """A vector of the elements at `offsets`, loaded one by one.
+
+    Written to memory one by one and read back as a vector, they would wait for the store buffer.
+    """
+    values = ir.Constant(kind, ir.Undefined)
+    for lane, offset in enumerate(offsets):
+        value = load(builder, data, kind.element, offset)
+        values = builder.insert_element(values, value, I32(lane))
+    return values
+
+
 def store(builder: Any, value: Any, data: Any, offset: Any) -> None:
     """Unaligned store; see `slot`."""
     builder.store(value, slot(builder, data, value.type, offset), align=1)
