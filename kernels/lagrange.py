@@ -17,7 +17,6 @@ from sketchconv.kernels.jit import inner
 
 FAR = 1e300
 PASSES = 10
-CLOSE = 32  # a bracket narrower than this part of k is joined at once
 
 
 @inner
@@ -95,7 +94,7 @@ def _join(coarse: Any, fine: Any, surplus: int, count: int, bounds: Any) -> None
 
 @inner
 def priced_bounds(
-    q0: Any, q1: Any, q2: Any, integral: float, bounds: Any, best: Any, paths: Any
+    q0: Any, q1: Any, q2: Any, integral: float, close: int, bounds: Any, best: Any, paths: Any
 ) -> Any:
     """Fill ``bounds[0..k]`` with a near-optimal partition of the cells into k clusters.
 
@@ -103,6 +102,7 @@ def priced_bounds(
     ``integral**3 / (6 k^3)``. Prices are searched on the scale of the k that the formula gives
     them, on which the bought number is nearly linear. Needs more cells than k, each with mass.
 
+    A bracket of at most `close` clusters is joined at once.
     `best` float64 ``[cells + 1]`` and `paths` int64 ``[3, cells + 1]`` are scratch.
 
     Returns True where a price buys exactly k: then the partition is optimal among these cells.
@@ -128,7 +128,7 @@ def priced_bounds(
         else:
             many, many_at = count, at
             _trace(starts, count, above)
-        if many - few <= k // CLOSE:
+        if many - few <= close:
             break
         if many_at == 0.0:
             at *= max(k / count, 1.1)

@@ -48,6 +48,7 @@ from sketchconv.kernels.scratch import CELLS, PER_BLOCK
 
 MOST_BINNED = 16
 SHORTEST_BINNED = 256
+CLOSE = 32  # prices that buy fewer and more by this part of k are near enough
 LEAST_USED = 5  # an outlier or few distinct values leave less than this part of the bins used
 SMALLEST, LARGEST = np.float32(1e-30), np.float32(1e30)
 
@@ -101,13 +102,14 @@ def _near_bounds(values: Any, p0: Any, p1: Any, p2: Any, s: Any) -> None:
     blocks = max(values.size // PER_BLOCK, 1)
     density, places = s.density[:blocks], s.places[: blocks + 1]
     cells = CELLS * k
+    close = k // CLOSE
     integral = atom_density(values, p0, p1, cells, density, places)
     edges = s.edges[: cells + 1]
     if values.size > cells:
         spread_edges(density, places, edges)
         cells = drop_empty(edges)
     if values.size <= cells or cells <= k:
-        if priced_bounds(p0, p1, p2, integral, s.bounds, s.costs[0], s.paths):
+        if priced_bounds(p0, p1, p2, integral, close, s.bounds, s.costs[0], s.paths):
             return
     else:
         q = s.cells[:, : cells + 1]
@@ -115,12 +117,24 @@ def _near_bounds(values: Any, p0: Any, p1: Any, p2: Any, s: Any) -> None:
             q[0, e] = p0[edges[e]]
             q[1, e] = p1[edges[e]]
             q[2, e] = p2[edges[e]]
-        priced_bounds(q[0], q[1], q[2], integral, s.bounds, s.costs[0], s.paths)
+        priced_bounds(q[0], q[1], q[2], integral, close, s.bounds, s.costs[0], s.paths)
         for j in range(k + 1):
             s.bounds[j] = edges[s.bounds[j]]
     for divisor in (8, 16, 32):
         if choose_near(p0, p1, p2, divisor, s.bounds, s.room) <= 1.0:
             break
+
+
+@inner
+def _best_bounds(values: Any, p0: Any, p1: Any, p2: Any, s: Any) -> None:
+    """Optimal partition of sorted atoms; for many clusters a price that buys them is faster."""
+    if s.entries.size > MOST_BINNED:
+        blocks = max(values.size // PER_BLOCK, 1)
+        density, places = s.density[:blocks], s.places[: blocks + 1]
+        integral = atom_density(values, p0, p1, values.size, density, places)
+        if priced_bounds(p0, p1, p2, integral, 0, s.bounds, s.costs[0], s.paths):
+            return
+    exact_bounds(p0, p1, p2, s.bounds, s.costs, s.starts)
 
 
 @inner
@@ -137,7 +151,7 @@ def _solve_atoms(x: Any, words: Any, mass: Any, weighted: bool, exact: bool, s: 
         p0, p1, p2 = s.prefix[0, : atoms + 1], s.prefix[1, : atoms + 1], s.prefix[2, : atoms + 1]
         sum_atoms(values[:atoms], masses[:atoms], p0, p1, p2)
         if exact:
-            exact_bounds(p0, p1, p2, s.bounds, s.costs, s.starts)
+            _best_bounds(values[:atoms], p0, p1, p2, s)
         else:
             _near_bounds(values[:atoms], p0, p1, p2, s)
     atom_means(values, masses, s.bounds, s.entries)
