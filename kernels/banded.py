@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from sketchconv.kernels import vectors as v
 
@@ -76,7 +74,7 @@ def _emit(builder: Any, sums: list[Any], spots: Any, side: Any, best: Any, choic
     v.store(builder, pick, choice, v.I64(0))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@v.intrinsic
 def banded_step(
     _typing: Any, p0: Any, p1: Any, p2: Any, spots: Any, side: Any, best: Any, choice: Any
 ) -> tuple[Any, Any]:
@@ -93,4 +91,4 @@ def banded_step(
         _emit(builder, sums, place, ends, costs, picks)
         return context.get_dummy_value()
 
-    return types.void(p0, p1, p2, spots, side, best, choice), codegen
+    return v.types.void(p0, p1, p2, spots, side, best, choice), codegen

@@ -99,8 +99,8 @@ def solve_rows(
             a group whose weights are all zero.
         lut_dtype: "F16", "BF16" or "F32".
         threads: None means every core that the process may use; no result depends on it.
-        exact: find the global optimum before rounding instead of coming near it, for about
-            thirty times the time.
+        exact: find the global optimum before rounding instead of coming near it, for
+            thirty to a hundred times the time at 4 bits.
 
     Raises:
         LutRangeError: an entry overflows `lut_dtype`.
@@ -166,14 +166,17 @@ def _masses(weights: NDArray[np.float64], columns: int, groups: int) -> NDArray[
     mass = weights.reshape(groups, -1).copy()
     mass[mass.max(axis=1) == 0] = 1.0
     mass /= mass.max(axis=1, keepdims=True)
-    return (mass / mass.mean(axis=1, keepdims=True)).astype(np.float32)
+    scaled: NDArray[np.float32] = (mass / mass.mean(axis=1, keepdims=True)).astype(np.float32)
+    return scaled
 
 
 def _uneven(mass: NDArray[np.float32] | None, groups: int, bits: int) -> NDArray[np.bool_]:
     """Groups in which few columns, counted by their weight, share the LUT's entries."""
     if mass is None:
         return np.zeros(groups, np.bool_)
-    return mass.shape[1] < UNEVEN * (1 << bits) * np.square(mass, dtype=np.float64).mean(axis=1)
+    concentration: NDArray[np.float64] = np.square(mass, dtype=np.float64).mean(axis=1)
+    uneven: NDArray[np.bool_] = mass.shape[1] < UNEVEN * (1 << bits) * concentration
+    return uneven
 
 
 def _carrier(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sketchconv.kernels.jit import inner
 from sketchconv.kernels.partition import cube_root
@@ -85,22 +86,27 @@ def sum_bins(h: Any, inverse: float, p0: Any, p1: Any, p2: Any) -> Any:
     return moment_sums(h[0], h[1], h.shape[1], inverse, p0[1:], p1[1:], p2[1:])
 
 
+def squared_widths(blocks: int) -> NDArray[np.float64]:
+    """Squared widths of equal runs of bins, in scales; 0 for the two without an outer end."""
+    edges = np.abs(2.0 * np.arange(1, blocks) / blocks - 1.0)
+    places = edges / (1.0 - edges)
+    widths = np.zeros(blocks)
+    widths[1:-1] = np.square(np.diff(places))
+    return widths
+
+
 @inner
-def bin_density(p0: Any, p1: Any, density: Any, places: Any) -> None:
+def bin_density(p0: Any, p1: Any, squares: Any, density: Any, places: Any) -> None:
     """(mass * width^2)^(1/3) of equal runs of bins, and where they begin.
 
-    The outermost blocks have no end: they count as twice as wide as their mean is far.
+    The outermost runs have no end: they count as twice as wide as their mean is far.
     """
     blocks = density.size
     step = (p0.size - 1) // blocks
-    for b in range(blocks):
+    for b in range(blocks + 1):
         places[b] = b * step
-        low = abs(2.0 * b / blocks - 1.0)
-        high = abs(2.0 * (b + 1) / blocks - 1.0)
-        width = 0.0
-        if 0 < b < blocks - 1:
-            width = high / (1.0 - high) - low / (1.0 - low)
-        density[b] = (p0[(b + 1) * step] - p0[b * step]) * width * width
+    for b in range(blocks):
+        density[b] = (p0[(b + 1) * step] - p0[b * step]) * squares[b]
     near = (1.0 - 2.0 / blocks) / (2.0 / blocks)
     for b in (0, blocks - 1):
         mass = p0[(b + 1) * step] - p0[b * step]
@@ -109,7 +115,6 @@ def bin_density(p0: Any, p1: Any, density: Any, places: Any) -> None:
         density[b] = mass * width * width
     for b in range(blocks):
         density[b] = cube_root(density[b])
-    places[blocks] = step * blocks
 
 
 @inner

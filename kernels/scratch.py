@@ -8,15 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sketchconv.kernels.atoms import DIGITS
-from sketchconv.kernels.histogram import MOST_BLOCKS
+from sketchconv.kernels.histogram import BLOCKS, MOST_BLOCKS, squared_widths
 from sketchconv.kernels.partition import Room, make_room
 
 CELLS = 6  # per cluster, of atoms that are too many to price each
 PER_BLOCK = 8  # atoms whose density is taken together
 MIDDLE, LONG = 512, 1024
 SHORT_BINS, LONG_BINS = 512, 1024
-# Divisors of the cluster. Short rows need three rounds for quality, and long ones can afford them.
-FEW_ROUNDS, MANY_ROUNDS = (5, 20), (4, 8, 32)
+# Divisors of the cluster in the rounds after the coarse grid: for weights that all columns share,
+# and for those that few columns carry. The shortest rows need three rounds for their quality, and
+# long ones can afford them.
+TWO_ROUNDS = (5, 20), (3, 16)
+THREE_ROUNDS = (4, 8, 32), (2, 8, 32)
 
 
 class Scratch(NamedTuple):
@@ -26,10 +29,11 @@ class Scratch(NamedTuple):
     bounds: NDArray[np.int64]  # [k + 1]
     entries: NDArray[np.float64]  # [k]
     prefix: NDArray[np.float64]  # [3, max(n, bins) + 1]
+    widths: tuple[NDArray[np.float64], NDArray[np.float64]]  # squared, of few and many blocks
     density: NDArray[np.float64]  # [blocks]
     places: NDArray[np.int64]  # [blocks + 1]
     edges: NDArray[np.int64]  # [cells + 1]
-    rounds: NDArray[np.int64]  # divisors of the rounds after the coarse grid
+    rounds: tuple[NDArray[np.int64], NDArray[np.int64]]  # even and uneven, see above
     bins: NDArray[np.uint16]  # [n]
     histogram: NDArray[np.float64]  # [2, bins]
     keys: NDArray[np.uint64]  # [2, n]
@@ -50,16 +54,18 @@ def make_scratch(n: int, k: int, exact: bool) -> Scratch:
     bins = LONG_BINS if n >= LONG else SHORT_BINS
     blocks = max(MOST_BLOCKS, n // PER_BLOCK + 1)
     cells = CELLS * k
+    rounds = TWO_ROUNDS if MIDDLE <= n < LONG else THREE_ROUNDS
     words = np.zeros(k, np.uint32)
     return Scratch(
         room=make_room(k),
         bounds=np.zeros(k + 1, np.int64),
         entries=np.zeros(k),
         prefix=np.zeros((3, max(n, bins) + 1)),
+        widths=(squared_widths(BLOCKS), squared_widths(MOST_BLOCKS)),
         density=np.zeros(blocks),
         places=np.zeros(blocks + 1, np.int64),
         edges=np.zeros(cells + 1, np.int64),
-        rounds=np.array(FEW_ROUNDS if MIDDLE <= n < LONG else MANY_ROUNDS, np.int64),
+        rounds=(np.array(rounds[0], np.int64), np.array(rounds[1], np.int64)),
         bins=np.zeros(n, np.uint16),
         histogram=np.zeros((2, bins)),
         keys=np.zeros((2, n), np.uint64),

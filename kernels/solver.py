@@ -23,8 +23,6 @@ from sketchconv.kernels.coding import (
 )
 from sketchconv.kernels.exact import exact_bounds
 from sketchconv.kernels.histogram import (
-    BLOCKS,
-    MOST_BLOCKS,
     SPREAD,
     bin_density,
     bin_means,
@@ -58,17 +56,17 @@ def _near_bins(p0: Any, p1: Any, p2: Any, uneven: bool, s: Any) -> None:
     """Near-optimal partition of the bins.
 
     Where few columns carry the weight (`uneven`) the coarse grid follows them more closely, and
-    one more round repairs what it misses.
+    the next round looks further for what it missed.
     """
     k = s.entries.size
     edges = s.edges[: PER_CLUSTER * k + 1]
-    density = s.density[: MOST_BLOCKS if uneven else BLOCKS]
-    bin_density(p0, p1, density, s.places)
+    widths = s.widths[1] if uneven else s.widths[0]
+    density = s.density[: widths.size]
+    bin_density(p0, p1, widths, density, s.places)
     spread_edges(density, s.places, edges)
     choose_edges(p0, p1, p2, edges, s.bounds, s.room)
-    if uneven:
-        choose_near(p0, p1, p2, 2, s.bounds, s.room)
-    for divisor in s.rounds:
+    rounds = s.rounds[1] if uneven else s.rounds[0]
+    for divisor in rounds:
         choose_near(p0, p1, p2, divisor, s.bounds, s.room)
 
 

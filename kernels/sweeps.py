@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from sketchconv.kernels import vectors as v
 
@@ -23,7 +21,7 @@ SMALL = v.vector(v.F32, STEP)
 COUNTS = v.vector(v.I64, STEP)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@v.intrinsic
 def deviation_sum(_typing: Any, x: Any, mass: Any, size: Any, centre: Any) -> tuple[Any, Any]:
     """Sum of ``mass * |x - centre|`` over the whole blocks of 16 in `size`; all float32."""
 
@@ -42,10 +40,10 @@ def deviation_sum(_typing: Any, x: Any, mass: Any, size: Any, centre: Any) -> tu
         (sums,) = v.blocks(builder, count, LANES, [zero], body)
         return v.lane_sum(builder, sums)
 
-    return types.float32(x, mass, types.int64, types.float32), codegen
+    return v.types.float32(x, mass, v.types.int64, v.types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@v.intrinsic
 def square_sums(_typing: Any, x: Any, gap: Any, size: Any) -> tuple[Any, Any]:
     """Float64 sums of ``gap**2`` and ``x**2`` over the whole blocks of 16 in `size`."""
 
@@ -63,10 +61,10 @@ def square_sums(_typing: Any, x: Any, gap: Any, size: Any) -> tuple[Any, Any]:
         totals = [v.lane_sum(builder, s) for s in sums]
         return context.make_tuple(builder, signature.return_type, totals)
 
-    return types.UniTuple(types.float64, 2)(x, gap, types.int64), codegen
+    return v.types.UniTuple(v.types.float64, 2)(x, gap, v.types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@v.intrinsic
 def moment_sums(
     _typing: Any, mass: Any, first: Any, size: Any, inverse: Any, p0: Any, p1: Any, p2: Any
 ) -> tuple[Any, Any]:
@@ -106,7 +104,7 @@ def moment_sums(
             total = builder.add(total, builder.extract_element(used, v.I32(lane)))
         return total
 
-    return types.int64(mass, first, types.int64, types.float64, p0, p1, p2), codegen
+    return v.types.int64(mass, first, v.types.int64, v.types.float64, p0, p1, p2), codegen
 
 
 def _tree(builder: Any, value: Any, levels: list[Any]) -> Any:
@@ -130,7 +128,7 @@ def _tree(builder: Any, value: Any, levels: list[Any]) -> Any:
     return code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@v.intrinsic
 def search_fifteen(_typing: Any, x: Any, thresholds: Any, codes: Any, size: Any) -> tuple[Any, Any]:
     """``codes[i]`` = how many of fifteen ascending thresholds are below ``x[i]``, 16 at a time."""
 
@@ -148,10 +146,10 @@ def search_fifteen(_typing: Any, x: Any, thresholds: Any, codes: Any, size: Any)
         v.blocks(builder, count, LANES, [], body)
         return context.get_dummy_value()
 
-    return types.void(x, thresholds, codes, types.int64), codegen
+    return v.types.void(x, thresholds, codes, v.types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@v.intrinsic
 def count_eight(_typing: Any, x: Any, thresholds: Any, codes: Any, size: Any) -> tuple[Any, Any]:
     """``codes[i] +=`` how many of eight thresholds are below ``x[i]``, in whole blocks of 16."""
 
@@ -174,4 +172,4 @@ def count_eight(_typing: Any, x: Any, thresholds: Any, codes: Any, size: Any) ->
         v.blocks(builder, count, LANES, [], body)
         return context.get_dummy_value()
 
-    return types.void(x, thresholds, codes, types.int64), codegen
+    return v.types.void(x, thresholds, codes, v.types.int64), codegen

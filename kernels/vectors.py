@@ -11,13 +11,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils
+from numba import types as numba_types
+from numba.core import cgutils as numba_cgutils
+from numba.extending import intrinsic as numba_intrinsic
+
+# The types that Numba declares for these do not fit the way in which it calls them.
+types: Any = numba_types
+cgutils: Any = numba_cgutils
 
 I8 = ir.IntType(8)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 F32 = ir.FloatType()
 F64 = ir.DoubleType()
+
+
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """Make a function for compiled code out of one that builds IR."""
+    build: Any = numba_intrinsic
+    return build(function)
 
 
 def vector(kind: Any, lanes: int) -> Any:
