@@ -36,9 +36,7 @@ def main() -> None:
     sketchconv("inspect", sketch)
     sketchconv("generate", sketch, PROMPT, "--max-new-tokens", "120")
 
-    say(
-        "2. An encoder: Hugging Face folder -> 4-bit sketch with 6-bit embeddings -> sentence embeddings"
-    )
+    say("2. An encoder: folder -> 4-bit sketch with 6-bit embeddings -> sentence embeddings")
     folder = OUT / "minilm-sketch"
     sketchconv("convert", minilm, folder, "--bits", "4", "--embed-bits", "6", "--force")
     compare_embeddings(minilm, folder)
