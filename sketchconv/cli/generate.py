@@ -59,4 +59,5 @@ def _silence() -> None:
     """No progress bar of the weights: they are there in a second, and stdout is for the text."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    disable: Any = logging.disable_progress_bar
+    disable()
