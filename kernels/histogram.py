@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sketchconv.kernels.jit import inner
-from sketchconv.kernels.partition import cube_root
 from sketchconv.kernels.sweeps import LANES, deviation_sum, moment_sums
 
 SPREAD = 2.5066282746310002  # 2 * sqrt(pi / 2)
@@ -96,10 +95,19 @@ def squared_widths(blocks: int) -> NDArray[np.float64]:
 
 
 @inner
-def bin_density(p0: Any, p1: Any, squares: Any, density: Any, places: Any) -> None:
-    """(mass * width^2)^(1/3) of equal runs of bins, and where they begin.
+def _root(x: Any) -> Any:
+    """x^(9/32), of square roots: they round alike on every machine."""
+    fourth = np.sqrt(np.sqrt(x))
+    return fourth * np.sqrt(np.sqrt(np.sqrt(fourth)))
 
-    The outermost runs have no end: they count as twice as wide as their mean is far.
+
+@inner
+def bin_density(p0: Any, p1: Any, squares: Any, density: Any, places: Any) -> None:
+    """Density of the coarse grid in equal runs of bins, and where they begin.
+
+    That is (mass * width^2)^(9/32): a little flatter than the asymptotic 1/3 lost fewer rows, as
+    measured on real ones. The outermost runs have no end: they count as twice as wide as their
+    mean is far.
     """
     blocks = density.size
     step = (p0.size - 1) // blocks
@@ -114,7 +122,7 @@ def bin_density(p0: Any, p1: Any, squares: Any, density: Any, places: Any) -> No
         width = 2.0 * max(mean - near, 0.0)
         density[b] = mass * width * width
     for b in range(blocks):
-        density[b] = cube_root(density[b])
+        density[b] = _root(density[b])
 
 
 @inner
