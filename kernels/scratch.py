@@ -13,7 +13,7 @@ from sketchconv.kernels.partition import Room, make_room
 
 CELLS = 6  # per cluster, of atoms that are too many to price each
 PER_BLOCK = 8  # atoms whose density is taken together
-MIDDLE, LONG = 512, 1024
+MIDDLE, LONG = 512, 2048
 SHORT_BINS, LONG_BINS = 512, 1024
 # Divisors of the cluster in the rounds after the coarse grid: for weights that all columns share,
 # and for those that few columns carry. The shortest rows need three rounds for their quality, and
