@@ -12,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 SPANS_PER_THREAD = 8
 SMALLEST_WORK = 1 << 16
+# Elements per span: what a span allocates for itself must not cost more than it gains. With 16
+# spans whatever the size, two threads took as long as one over 576 x 576 weights.
+SMALLEST_SPAN = 1 << 17
 
 
 def available_threads() -> int:
@@ -41,7 +44,8 @@ def for_spans(
     if count <= 1 or work < SMALLEST_WORK:
         kernel(0, rows)
         return
-    step = -(-rows // (count * SPANS_PER_THREAD))
+    spans_wanted = min(count * SPANS_PER_THREAD, max(count, work // SMALLEST_SPAN))
+    step = -(-rows // spans_wanted)
     with ThreadPoolExecutor(count) as pool:
         spans = [pool.submit(kernel, b, min(b + step, rows)) for b in range(0, rows, step)]
         for span in spans:
