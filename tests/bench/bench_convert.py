@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,16 +148,18 @@ def convert(folder: Path, output: Path) -> tuple[float, int, dict[str, object]]:
     """Run the command in a child; returns wall seconds, peak anonymous bytes, its report."""
     command = [sys.executable, "-P", "-m", "sketchconv", "convert", str(folder), str(output)]
     started = time.perf_counter()
-    with subprocess.Popen([*command, "--json", "--force"], stdout=subprocess.PIPE) as child:
+    # The report goes to a file: a pipe that nobody reads yet would stop the child when it is full.
+    with tempfile.TemporaryFile() as report:
         peak = 0
-        while child.poll() is None:
-            peak = max(peak, anonymous(child.pid))
-            time.sleep(0.02)
+        with subprocess.Popen([*command, "--json", "--force"], stdout=report) as child:
+            while child.poll() is None:
+                peak = max(peak, anonymous(child.pid))
+                time.sleep(0.02)
         seconds = time.perf_counter() - started
-        text = child.stdout.read() if child.stdout else b""
-    if child.returncode:
-        raise SystemExit(f"convert failed with exit code {child.returncode}")
-    return seconds, peak, json.loads(text)
+        if child.returncode:
+            raise SystemExit(f"convert failed with exit code {child.returncode}")
+        report.seek(0)
+        return seconds, peak, json.load(report)
 
 
 def anonymous(pid: int) -> int:
