@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One event per chunk: the tensor at work and the values passed through so far."""
+    """One event: what is at work, and the values passed through so far (0 before the first)."""
 
     name: str
     action: str
@@ -90,9 +90,9 @@ def run(
         check_free_disk(job)
         with job.writer() as writer:
             work = _Run(job, writer, threads)
-            for done in work.chunks():
+            for event in work.events():
                 if progress is not None:
-                    progress(done)
+                    progress(event)
             work.commit()
     finally:
         job.source.close()
@@ -129,14 +129,18 @@ class _Run:
         self.digest = SourceDigest()
         self.results: list[TensorResult] = []
         self.solve_seconds = 0.0
+        self.compile_seconds = 0.0
         self.peak = anonymous_bytes()
         self._tally = _Tally()
         self._column_weights: npt.NDArray[np.float64] | None = None
 
-    def chunks(self) -> Iterator[Progress]:
-        """Do all the work, chunk by chunk."""
+    def events(self) -> Iterator[Progress]:
+        """Do all the work; an event before and after compiling, then one per chunk."""
         steps = ordered_steps(self.job)
         total, done = stored_parameters(steps), 0
+        yield Progress("compiling kernels (once per machine)", "compile", 0, total)
+        self.compile_seconds = _compile(self.job.recipe)
+        yield Progress("reading", "read", 0, total)
         chunks = chain.from_iterable(row_chunks(step, self.job.budget) for step in steps)
         for chunk, raw in read_ahead(chunks, self._fetch):
             if chunk.step.action == "sketch":
@@ -167,6 +171,7 @@ class _Run:
             output_bytes=job.output_bytes,
             seconds=seconds,
             solve_seconds=self.solve_seconds,
+            compile_seconds=self.compile_seconds,
             peak_anonymous=self.peak,
         )
 
@@ -218,6 +223,20 @@ class _Run:
             moments.observe(name, chunk.begin, rows)
         if chunk.last:
             self.results.append(self._tally.result(chunk.step))
+
+
+def _compile(recipe: Recipe) -> float:
+    """Have the solver compiled, or read from its cache, before its time is measured."""
+    import numpy as np
+
+    from sketchconv.kernels.cpu import pack_rows, solve_rows
+
+    started = time.perf_counter()
+    rows = np.ones((1, 256), np.float32)
+    weights = np.ones(256) if recipe.weighting == "moments" else None
+    solved = solve_rows(rows, 4, 1, column_weights=weights, exact=recipe.exact)
+    pack_rows(solved.indices, 4, 1)
+    return time.perf_counter() - started
 
 
 def ordered_steps(job: Job) -> list[Step]:

@@ -41,6 +41,7 @@ class Report:
         output_bytes: bytes on disk.
         seconds: wall time of the conversion.
         solve_seconds: wall time inside the solver.
+        compile_seconds: wall time to compile the solver, or to read it from its cache.
         peak_anonymous: highest anonymous memory seen, in bytes.
     """
 
@@ -53,6 +54,7 @@ class Report:
     output_bytes: int
     seconds: float
     solve_seconds: float
+    compile_seconds: float
     peak_anonymous: int
 
     @property
@@ -99,6 +101,7 @@ class Report:
             "relative_error": self.relative_error,
             "seconds": self.seconds,
             "solve_seconds": self.solve_seconds,
+            "compile_seconds": self.compile_seconds,
             "peak_anonymous_bytes": self.peak_anonymous,
             "errors": {r.name: r.relative_error for r in self.results},
             "steps": [step_json(step) for step in self.plan.steps],

@@ -41,6 +41,9 @@ def _bar() -> Iterator[ProgressCallback]:
         task = bar.add_task("reading", total=None, rate="")
 
         def update(event: Progress) -> None:
+            nonlocal started
+            if event.done == 0:
+                started = time.perf_counter()
             rate = _rate(event.done, time.perf_counter() - started)
             bar.update(
                 task, total=event.total, completed=event.done, description=event.name, rate=rate
@@ -59,15 +62,16 @@ class _Lines:
     def __call__(self, event: Progress) -> None:
         """Print a line when one is due."""
         now = time.perf_counter()
+        if event.done == 0:
+            self._started = now
         if now - self._last < _LINE_EVERY_SECONDS and event.done < event.total:
             return
         self._last = now
         elapsed = now - self._started
         left = elapsed * (event.total - event.done) / max(1, event.done)
+        eta = _clock(left) if event.done else "-:--:--"
         share = 100 * event.done / max(1, event.total)
-        sys.stderr.write(
-            f"{share:5.1f} %  {_rate(event.done, elapsed)}  ETA {_clock(left)}  {event.name}\n"
-        )
+        sys.stderr.write(f"{share:5.1f} %  {_rate(event.done, elapsed)}  ETA {eta}  {event.name}\n")
         sys.stderr.flush()
 
 

@@ -97,7 +97,8 @@ def print_report(report: Report) -> None:
         (
             "time",
             f"{report.seconds:.1f} s, of which solver {report.solve_seconds:.1f} s "
-            f"({1e9 * report.solve_seconds / max(1, weights):.1f} ns per weight)",
+            f"({1e9 * report.solve_seconds / max(1, weights):.1f} ns per weight), "
+            f"compiling it {report.compile_seconds:.1f} s",
         )
     )
     rows.append(("peak memory", f"{human_bytes(report.peak_anonymous)} anonymous"))
