@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from sketchconv.formats.writer import BundleWriter, FolderWriter
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -180,12 +182,22 @@ class _Run:
         self.digest.update(chunk.step.name, raw)
         return raw
 
+    def _float32(self, name: str, raw: bytes) -> npt.NDArray[np.float32]:
+        """Values of raw rows, writable: Numba would compile everything again for read-only ones."""
+        import numpy as np
+
+        return np.require(self.job.source.float32(name, raw), requirements=["C", "W"])
+
     def _copy(self, chunk: Chunk, raw: bytes) -> None:
         source, moments, name = self.job.source, self.job.moments, chunk.step.name
-        if moments.needs(name):
-            rows = source.float32(name, raw)
+        observed = moments.needs(name)
+        # Buffers such as attention masks may hold infinities; parameters may not.
+        is_parameter = name.endswith((".weight", ".bias")) and chunk.step.info.dtype in _FLOATS
+        if observed or is_parameter:
+            rows = self._float32(name, raw)
             _check_finite(chunk, rows)
-            moments.observe(name, chunk.begin, rows)
+            if observed:
+                moments.observe(name, chunk.begin, rows)
         self.writer.append(name, source.stored(name, raw))
 
     def _sketch(self, chunk: Chunk, raw: bytes) -> None:
@@ -197,7 +209,7 @@ class _Run:
         if chunk.begin == 0:
             self._column_weights = moments.column_weights(name)
             self._tally = _Tally()
-        rows = self.job.source.float32(name, raw)
+        rows = self._float32(name, raw)
         _check_finite(chunk, rows)
         started = time.perf_counter()
         try:

@@ -47,19 +47,22 @@ def _print_tensors(rows: Sequence[TensorRow]) -> None:
     from sketchconv.cli.render import human_bytes, print_rich
 
     table = Table(box=box.SIMPLE)
-    table.add_column("tensor", overflow="fold")
-    for title in ("count", "stored as", "dtype", "shape", "bits", "groups", "size", "worst error"):
-        table.add_column(title, justify="right")
+    table.add_column("tensor", overflow="fold", min_width=28)
+    table.add_column("stored as", no_wrap=True)
+    for title in ("shape", "size", "error"):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.name,
-            str(row.count),
-            row.storage,
-            row.dtype,
+            f"{row.name} x{row.count}" if row.count > 1 else row.name,
+            _stored_as(row),
             "x".join(map(str, row.shape)),
-            "" if row.bits is None else str(row.bits),
-            "" if row.groups is None else str(row.groups),
             human_bytes(row.nbytes),
             "" if row.error is None else f"{row.error:.5f}",
         )
     print_rich(table)
+
+
+def _stored_as(row: TensorRow) -> str:
+    if row.storage == "sketch":
+        return f"{row.bits}-bit {row.dtype} G={row.groups}"
+    return row.dtype if row.storage == "dense" else row.storage

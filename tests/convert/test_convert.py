@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 
 import sketchconv
+from sketchconv.errors import WeightError
 from sketchconv.formats.reader import SktchModel
 from sketchconv.job import prepare
 from sketchconv.pipeline import Progress
@@ -149,6 +150,19 @@ def test_the_weighting_is_named_and_changes_the_sketch(llama, tmp_path):
     assert "equal" in equal.weighting
     # equal weights minimise the plain error, so they cannot lose by it
     assert equal.relative_error < moments.relative_error
+
+
+def test_a_nan_in_a_copied_parameter_is_found_whatever_the_weighting(fresh_llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = fresh_llama / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    for weighting in ("moments", "equal"):
+        with pytest.raises(WeightError, match=r"model\.norm\.weight: 1 values"):
+            sketchconv.convert(fresh_llama, tmp_path / "x.sktch", Recipe(weighting=weighting))
+    assert not (tmp_path / "x.sktch").exists()
 
 
 def test_the_exact_solver_is_never_worse(llama, tmp_path):
