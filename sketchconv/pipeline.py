@@ -1,41 +1,17 @@
-"""The pipe: chunks of rows are read ahead, compressed, and appended to the writer."""
+"""The pipe: a checkpoint goes in, a sketch comes out, and a report says what it cost."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sketchconv.chunks import Chunk, SourceDigest, read_ahead, row_chunks
-from sketchconv.errors import WeightError
 from sketchconv.job import DEFAULT_SHARD_BYTES, Job, check_free_disk, prepare
-from sketchconv.memory import anonymous_bytes
-from sketchconv.plan import Step
 from sketchconv.recipe import Recipe
-from sketchconv.report import Report, TensorResult, stored_parameters
+from sketchconv.report import Report
+from sketchconv.worker import Progress, Worker
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from sketchconv.formats.writer import BundleWriter, FolderWriter
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One event: what is at work, and the values passed through so far (0 before the first)."""
-
-    name: str
-    action: str
-    done: int
-    total: int
-
+__all__ = ["Progress", "ProgressCallback", "convert", "run"]
 
 ProgressCallback = Callable[[Progress], None]
 
@@ -91,7 +67,7 @@ def run(
     try:
         check_free_disk(job)
         with job.writer() as writer:
-            work = _Run(job, writer, threads)
+            work = Worker(job, writer, threads)
             for event in work.events():
                 if progress is not None:
                     progress(event)
@@ -99,179 +75,3 @@ def run(
     finally:
         job.source.close()
     return work.report(time.perf_counter() - started)
-
-
-@dataclass
-class _Tally:
-    """Sums over the chunks of one weight; exactly rounded, so chunking cannot change them."""
-
-    squared_error: list[float] = field(default_factory=list)
-    squared_norm: list[float] = field(default_factory=list)
-
-    def result(self, step: Step) -> TensorResult:
-        record = step.record
-        bits, groups = (record.bits, record.groups) if record else (0, 0)
-        return TensorResult(
-            step.name,
-            bits,
-            groups,
-            step.parameters,
-            math.fsum(self.squared_error),
-            math.fsum(self.squared_norm),
-        )
-
-
-class _Run:
-    """The state of one running job."""
-
-    def __init__(self, job: Job, writer: BundleWriter | FolderWriter, threads: int | None) -> None:
-        self.job = job
-        self.writer = writer
-        self.threads = threads
-        self.digest = SourceDigest()
-        self.results: list[TensorResult] = []
-        self.solve_seconds = 0.0
-        self.compile_seconds = 0.0
-        self.peak = anonymous_bytes()
-        self._tally = _Tally()
-        self._column_weights: npt.NDArray[np.float64] | None = None
-
-    def events(self) -> Iterator[Progress]:
-        """Do all the work; an event before and after compiling, then one per chunk."""
-        steps = ordered_steps(self.job)
-        total, done = stored_parameters(steps), 0
-        yield Progress("compiling kernels (once per machine)", "compile", 0, total)
-        self.compile_seconds = _compile(self.job.recipe)
-        yield Progress("reading", "read", 0, total)
-        chunks = chain.from_iterable(row_chunks(step, self.job.budget) for step in steps)
-        for chunk, raw in read_ahead(chunks, self._fetch):
-            if chunk.step.action == "sketch":
-                self._sketch(chunk, raw)
-            else:
-                self._copy(chunk, raw)
-            done += chunk.weights
-            self.peak = max(self.peak, anonymous_bytes())
-            yield Progress(chunk.step.name, chunk.step.action, done, total)
-
-    def commit(self) -> None:
-        """Finish the output: from here on it exists."""
-        from sketchconv.formats.writer import Results
-
-        errors = {result.name: result.relative_error for result in self.results}
-        source_digest = self.digest.hexdigest(self.job.plan.steps)
-        self.writer.commit(Results(errors=errors, source_digest=source_digest))
-
-    def report(self, seconds: float) -> Report:
-        job = self.job
-        return Report(
-            source=job.source.id,
-            output=str(job.output),
-            plan=job.plan,
-            weighting=job.moments.description,
-            results=tuple(self.results),
-            source_bytes=job.source_bytes,
-            output_bytes=job.output_bytes,
-            seconds=seconds,
-            solve_seconds=self.solve_seconds,
-            compile_seconds=self.compile_seconds,
-            peak_anonymous=self.peak,
-        )
-
-    def _fetch(self, chunk: Chunk) -> bytes:
-        raw = self.job.source.rows(chunk.step.name, chunk.begin, chunk.end)
-        self.digest.update(chunk.step.name, raw)
-        return raw
-
-    def _float32(self, name: str, raw: bytes) -> npt.NDArray[np.float32]:
-        """Values of raw rows, writable: Numba would compile everything again for read-only ones."""
-        import numpy as np
-
-        return np.require(self.job.source.float32(name, raw), requirements=["C", "W"])
-
-    def _copy(self, chunk: Chunk, raw: bytes) -> None:
-        source, moments, name = self.job.source, self.job.moments, chunk.step.name
-        observed = moments.needs(name)
-        # Buffers such as attention masks may hold infinities; parameters may not.
-        is_parameter = name.endswith((".weight", ".bias")) and chunk.step.info.dtype in _FLOATS
-        if observed or is_parameter:
-            rows = self._float32(name, raw)
-            _check_finite(chunk, rows)
-            if observed:
-                moments.observe(name, chunk.begin, rows)
-        self.writer.append(name, source.stored(name, raw))
-
-    def _sketch(self, chunk: Chunk, raw: bytes) -> None:
-        from sketchconv.kernels.cpu import LutRangeError, pack_rows, solve_rows
-
-        record, name, moments = chunk.step.record, chunk.step.name, self.job.moments
-        if record is None:
-            raise TypeError(f"{name}: a sketch step without a record")
-        if chunk.begin == 0:
-            self._column_weights = moments.column_weights(name)
-            self._tally = _Tally()
-        rows = self._float32(name, raw)
-        _check_finite(chunk, rows)
-        started = time.perf_counter()
-        try:
-            solved = solve_rows(
-                rows,
-                record.bits,
-                record.groups,
-                column_weights=self._column_weights,
-                lut_dtype=record.lut_dtype,
-                threads=self.threads,
-                exact=self.job.recipe.exact,
-            )
-        except LutRangeError as error:
-            raise WeightError(
-                f"{name}: {error}; choose --lut-dtype BF16 or F32 (rows counted from {chunk.begin})"
-            ) from None
-        self.solve_seconds += time.perf_counter() - started
-        self.writer.append(record.index_name, pack_rows(solved.indices, record.bits, record.groups))
-        self.writer.append(record.lut_name, solved.lut)
-        self._tally.squared_error += solved.squared_error.tolist()
-        self._tally.squared_norm += solved.squared_norm.tolist()
-        if moments.needs(name):
-            moments.observe(name, chunk.begin, rows)
-        if chunk.last:
-            self.results.append(self._tally.result(chunk.step))
-
-
-def _compile(recipe: Recipe) -> float:
-    """Have the solver compiled, or read from its cache, before its time is measured."""
-    import numpy as np
-
-    from sketchconv.kernels.cpu import pack_rows, solve_rows
-
-    started = time.perf_counter()
-    rows = np.ones((1, 256), np.float32)
-    weights = np.ones(256) if recipe.weighting == "moments" else None
-    solved = solve_rows(rows, 4, 1, column_weights=weights, exact=recipe.exact)
-    pack_rows(solved.indices, 4, 1)
-    return time.perf_counter() - started
-
-
-def ordered_steps(job: Job) -> list[Step]:
-    """Steps that read weights: in the order in which the moments need them, then the rest."""
-    steps = {s.name: s for s in job.plan.steps if s.action in ("sketch", "copy")}
-    first = [name for name in job.moments.order if name in steps]
-    return [steps[name] for name in dict.fromkeys((*first, *steps))]
-
-
-def _check_finite(chunk: Chunk, rows: npt.NDArray[np.float32]) -> None:
-    """Refuse NaN and infinity by name, row and count.
-
-    Raises:
-        WeightError: at least one value of these rows is not finite.
-    """
-    from sketchconv.kernels.cpu import nonfinite_rows
-
-    flat = rows.reshape(1, -1) if rows.ndim < 2 else rows.reshape(rows.shape[0], -1)
-    counts = nonfinite_rows(flat)
-    if not counts.any():
-        return
-    row = int(counts.argmax())
-    raise WeightError(
-        f"{chunk.step.name}: {int(counts.sum())} values are NaN or infinite, the most in row "
-        f"{chunk.begin + row} ({int(counts[row])}); repair the checkpoint or exclude the weight"
-    )
