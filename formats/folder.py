@@ -18,13 +18,14 @@ from sketchconv.formats import rules
 from sketchconv.formats.container import open_regular, pread_exact
 from sketchconv.formats.errors import FormatError, refuse, shown
 from sketchconv.formats.sharding import INDEX_NAME, SINGLE_NAME
+from sketchconv.formats.sniff import PICKLE_SUFFIXES
 from sketchconv.formats.strict_json import Limits, loads
 
 CONFIG_NAME: Final = "config.json"
 MAX_CONFIG: Final = 16 * 1024 * 1024
 _SHARD: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,240}\.safetensors")
 _INDEX_LIMITS: Final = Limits(16, rules.MAX_VALUES, whitespace=True, any_number=True)
-_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+_FOREIGN: Final = (*PICKLE_SUFFIXES, ".msgpack", ".h5")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ def _in_blobs(real: Path, home: Path) -> bool:
 
 def _hint(root: Path) -> str:
     names = sorted(p.name for p in root.iterdir())
-    pickles = [n for n in names if n.endswith(_PICKLES)]
+    pickles = [n for n in names if n.endswith(_FOREIGN)]
     if pickles:
         return f"; only {shown(pickles)}: pickles and other formats are never loaded"
     other = [n for n in names if n.endswith((".safetensors", ".gguf", ".sktch"))]

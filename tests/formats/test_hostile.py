@@ -17,6 +17,7 @@ from sketchconv.formats.container import Container
 from sketchconv.formats.errors import FormatError
 from sketchconv.formats.folder import find_shards
 from sketchconv.formats.reader import SktchFile, SktchModel
+from sketchconv.formats.sniff import describe_head, kind_of_head
 from sketchconv.formats.validate import validate
 
 
@@ -83,6 +84,25 @@ def test_the_error_says_what_the_file_is(tmp_path, head, word):
     for profile in ("sktch", "safetensors"):
         with pytest.raises(FormatError, match=word):
             Container.open(path, profile=profile)
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\xef\xbb\xbf\n<!DOCTYPE html>", "web"),
+        (b"<?xml version", "web"),
+        (b"GGUF", "gguf"),
+        (b"PK\5\6", "empty-zip"),
+        (b"\x80\5", "pickle"),
+        (b"\x89HDF\r\n", "hdf5"),
+        (b"{}", "json"),
+        (b"\x40\0\0\0\0\0\0\0{", None),
+        (b"", None),
+    ],
+)
+def test_kinds_of_heads(head, kind):
+    assert kind_of_head(head) == kind
+    assert bool(describe_head(head)) == (kind is not None)
 
 
 # ---------------------------------------------------------------- size
