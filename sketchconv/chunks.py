@@ -30,7 +30,7 @@ class Chunk:
         return self.step.parameters * (self.end - self.begin) // rows
 
 
-def row_bytes(step: Step) -> int:
+def row_memory(step: Step) -> int:
     """Working memory of one row, with two raw rows: one in work and one read ahead."""
     rows = step.info.shape[0] if step.info.shape else 1
     raw = -(-step.info.nbytes // rows)
@@ -45,7 +45,7 @@ def row_bytes(step: Step) -> int:
 def row_chunks(step: Step, budget: int) -> Iterator[Chunk]:
     """Cut a step's tensor into chunks of whole rows that each fit `budget` bytes."""
     rows = step.info.shape[0] if step.info.shape else 1
-    size = max(1, budget // row_bytes(step))
+    size = max(1, budget // row_memory(step))
     for begin in range(0, rows, size):
         end = min(begin + size, rows)
         yield Chunk(step, begin, end, last=end == rows)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sketchconv.chunks import row_bytes
+from sketchconv.chunks import row_memory
 from sketchconv.errors import OutputError, SourceError
 from sketchconv.memory import chunk_budget
 from sketchconv.plan import Plan
@@ -50,11 +49,6 @@ class Job:
         return self.output.suffix == ".sktch"
 
     @property
-    def source_bytes(self) -> int:
-        """Bytes on disk of the source's weight files."""
-        return sum(path.stat().st_size for path in self.source.paths if path.is_file())
-
-    @property
     def output_bytes(self) -> int:
         """Exact bytes on disk of the finished output."""
         return sum(self.sizes.values())
@@ -63,8 +57,8 @@ class Job:
     def memory_bytes(self) -> int:
         """Working memory for the largest chunk: bounded by the budget, but never below one row."""
         steps = [s for s in self.plan.steps if s.action in ("sketch", "copy")]
-        whole = [row_bytes(s) * (s.info.shape[0] if s.info.shape else 1) for s in steps]
-        one_row = [row_bytes(s) for s in steps]
+        whole = [row_memory(s) * (s.info.shape[0] if s.info.shape else 1) for s in steps]
+        one_row = [row_memory(s) for s in steps]
         return max(min(self.budget, max(whole, default=0)), max(one_row, default=0))
 
     def writer(self) -> BundleWriter | FolderWriter:
@@ -119,30 +113,13 @@ def prepare(
     )
 
 
-def check_free_disk(job: Job) -> None:
-    """Refuse to start what cannot finish.
-
-    Raises:
-        OutputError: the folder of the output has less room than the output needs.
-    """
-    parent = job.output.absolute().parent
-    try:
-        free = shutil.disk_usage(parent).free
-    except OSError as error:
-        raise OutputError(f"{parent}: cannot write there: {error.strerror}") from None
-    if free < job.output_bytes:
-        raise OutputError(
-            f"{job.output}: needs {job.output_bytes:,} bytes, the disk has {free:,} free; "
-            f"{job.output_bytes - free:,} are missing"
-        )
-
-
 def equal_ties(source: Source, model: ModelMap) -> dict[str, str]:
     """Tied weights that the source stores twice with equal bytes: name -> the one to keep."""
-    return {name: kept for name, kept in model.ties.items() if _same_bytes(source, name, kept)}
+    return {name: kept for name, kept in model.ties.items() if same_bytes(source, name, kept)}
 
 
-def _same_bytes(source: Source, first: str, second: str) -> bool:
+def same_bytes(source: Source, first: str, second: str) -> bool:
+    """Whether two tensors of a source have the same dtype, shape and bytes; read in pieces."""
     a, b = source.infos[first], source.infos[second]
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
@@ -170,7 +147,8 @@ def _check_output(output: Path, source: Source, *, force: bool) -> None:
             raise OutputError(
                 f"{output}: the output would overwrite the source {path}; choose another place"
             )
-    if output.exists() and not force:
+    empty = output.is_dir() and output.suffix != ".sktch" and not any(output.iterdir())
+    if output.exists() and not empty and not force:
         raise OutputError(f"{output}: exists already; pass --force to replace it")
     if not output.absolute().parent.is_dir():
         raise OutputError(f"{output.absolute().parent}: no such folder; create it first")
@@ -192,7 +170,11 @@ def _draft(source: Source, plan: Plan, recipe: Recipe, moments: Moments) -> Draf
         sketches=plan.sketches,
         plain=plan.plain,
         aliases=plan.aliases,
-        recipe={**recipe.to_json(), "column_weights": moments.description},
+        recipe={
+            **recipe.to_json(),
+            "column_weights": moments.description,
+            "dropped": sorted(step.name for step in plan.steps if step.action == "drop"),
+        },
         source={"id": source.id, "revision": source.revision, "format": source.format},
         tool=f"sketchconv {__version__}",
     )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sketchconv.job import DEFAULT_SHARD_BYTES, Job, check_free_disk, prepare
+from sketchconv.job import DEFAULT_SHARD_BYTES, Job, prepare
 from sketchconv.recipe import Recipe
 from sketchconv.report import Report
 from sketchconv.worker import Progress, Worker
@@ -65,7 +65,6 @@ def run(
     """Carry out a prepared job, and close its source."""
     started = time.perf_counter()
     try:
-        check_free_disk(job)
         with job.writer() as writer:
             work = Worker(job, writer, threads)
             for event in work.events():

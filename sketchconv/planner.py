@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from sketchconv.architecture import ModelMap
 from sketchconv.errors import PlanError
 from sketchconv.formats.manifest import SketchRecord
-from sketchconv.formats.tensors import TensorInfo
+from sketchconv.formats.tensors import SKTCH_DTYPES, TensorInfo
 from sketchconv.plan import Coverage, Plan, Role, Step
 from sketchconv.recipe import Recipe, SketchSpec, matches
+from sketchconv.sources.base import FLOATS
 
 MIN_COVERAGE = 0.95
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def make_plan(
@@ -40,6 +40,7 @@ def make_plan(
     steps = tuple(planner.step(info) for info in infos.values())
     if planner.indivisible:
         raise PlanError(_indivisible_message(planner.indivisible))
+    _check_storable(steps)
     coverage = _coverage(steps, model)
     _check_coverage(coverage, steps, model)
     aliases = {**{k: v for k, v in model.aliases.items() if v in infos}, **duplicates}
@@ -86,7 +87,7 @@ class _Planner:
             return "not the weight of a linear or embedding module"
         if info.name in self.transposed:
             return "stored transposed (Conv1D), which a sketch cannot hold yet"
-        if info.dtype not in _FLOATS or len(info.shape) != 2 or not info.name.endswith(".weight"):
+        if info.dtype not in FLOATS or len(info.shape) != 2 or not info.name.endswith(".weight"):
             return f"not a 2-D floating-point weight: {info.dtype} {list(info.shape)}"
         return None
 
@@ -143,6 +144,16 @@ def _check_patterns(infos: Mapping[str, TensorInfo], recipe: Recipe) -> None:
             example = next((n for n in infos if n.endswith(".weight")), next(iter(infos), "none"))
             raise PlanError(
                 f"pattern {pattern!r} names no tensor of the source; names look like {example!r}"
+            )
+
+
+def _check_storable(steps: Sequence[Step]) -> None:
+    for step in steps:
+        info = step.info
+        if step.action == "copy" and (info.dtype not in SKTCH_DTYPES or 0 in info.shape):
+            raise PlanError(
+                f"{info.name}: {info.dtype} {list(info.shape)} cannot be stored in a sketch; "
+                "save the checkpoint without this tensor, or as U8 if its model can load that"
             )
 
 

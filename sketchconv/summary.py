@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -88,8 +89,11 @@ def is_sketch(path: Path) -> bool:
     """Whether a path is a `.sktch` file or a folder whose config names our quantizer."""
     if path.is_file():
         return path.suffix == ".sktch" or "sktch" in _metadata(path)
-    config = path / "config.json"
-    return config.is_file() and '"quant_method": "sktch"' in config.read_text("utf-8", "replace")
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        return bool(config["quantization_config"]["quant_method"] == "sktch")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def fold_layers(rows: Sequence[TensorRow]) -> list[TensorRow]:

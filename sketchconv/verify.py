@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 from sketchconv.errors import FormatError, SourceError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from sketchconv.formats.reader import SktchModel
     from sketchconv.formats.sketches import SketchRecord
+    from sketchconv.formats.tensors import TensorInfo
     from sketchconv.formats.validate import Finding
     from sketchconv.sources.base import Source
 
-_CHUNK_WEIGHTS = 1 << 24
+_CHUNK_WEIGHTS = 1 << 22
 # Recorded errors have seven significant digits.
 _ERROR_TOLERANCE = 1e-6
 
@@ -132,6 +136,7 @@ def _compare(
             for record in model.manifest.sketches.values():
                 yield from _compare_sketch(model, source, record, comparison)
             yield from _compare_copies(model, source)
+            yield from _compare_names(model, source)
     finally:
         source.close()
 
@@ -141,23 +146,17 @@ def _compare_sketch(
 ) -> Iterator[Finding]:
     import numpy as np
 
-    from sketchconv.formats.validate import Finding
-
     info = source.infos.get(record.name)
     if info is None or info.shape != record.shape:
         found = "no such tensor" if info is None else f"shape {list(info.shape)}"
-        yield Finding("SOURCE", record.name, f"expected {list(record.shape)}, got {found}")
+        yield _finding(record.name, f"expected {list(record.shape)}, got {found}")
         return
-    decoded = model.decode(record.name)
-    rows, columns = record.shape
-    step = max(1, _CHUNK_WEIGHTS // columns)
     error, norm = [], []
-    for begin in range(0, rows, step):
-        end = min(begin + step, rows)
+    for begin, end in _spans(record.shape):
         dense = source.float32(record.name, source.rows(record.name, begin, end)).astype(np.float64)
-        error.append(float(((dense - decoded[begin:end]) ** 2).sum()))
+        error.append(float(((dense - _decoded(model, record, begin, end)) ** 2).sum()))
         norm.append(float((dense**2).sum()))
-    comparison.weights += rows * columns
+    comparison.weights += record.shape[0] * record.shape[1]
     comparison.error += error
     comparison.norm += norm
     total = math.fsum(norm)
@@ -166,16 +165,32 @@ def _compare_sketch(
     if recorded is not None and not math.isclose(
         measured, recorded, rel_tol=_ERROR_TOLERANCE, abs_tol=1e-12
     ):
-        yield Finding(
-            "SOURCE",
-            record.name,
-            f"relative error {measured:.6e} against the source, {recorded:.6e} is recorded",
-        )
+        text = f"relative error {measured:.6e} against the source, {recorded:.6e} is recorded"
+        yield _finding(record.name, text)
+
+
+def _decoded(
+    model: SktchModel, record: SketchRecord, begin: int, end: int
+) -> npt.NDArray[np.float32]:
+    """Rows [begin, end) of a sketched weight, without reading the others."""
+    import numpy as np
+
+    from sketchconv.formats.packing import unpack
+    from sketchconv.formats.reader import SketchTensor
+    from sketchconv.formats.tensors import DTYPES
+
+    def part(info: TensorInfo) -> npt.NDArray[Any]:
+        size = info.nbytes // info.shape[0]
+        raw = model.read(info.name, begin * size, end * size)
+        return np.frombuffer(raw, DTYPES[info.dtype].numpy).reshape(end - begin, *info.shape[1:])
+
+    codes = unpack(part(record.index_info), record.bits, record.group_size)
+    lut = part(record.lut_info)
+    rows = SketchTensor(codes.reshape(end - begin, -1), lut, record.bits, record.lut_dtype)
+    return rows.decode()
 
 
 def _compare_copies(model: SktchModel, source: Source) -> Iterator[Finding]:
-    from sketchconv.formats.validate import Finding
-
     manifest = model.manifest
     parts = {n for r in manifest.sketches.values() for n in (r.index_name, r.lut_name)}
     skipped = parts | set(manifest.files.values()) | {manifest.sentinel}
@@ -184,8 +199,39 @@ def _compare_copies(model: SktchModel, source: Source) -> Iterator[Finding]:
             continue
         other = source.infos.get(name)
         if other is None or (other.dtype, other.shape) != (info.dtype, info.shape):
-            yield Finding("SOURCE", name, "the source has no such tensor of this dtype and shape")
+            yield _finding(name, "the source has no such tensor of this dtype and shape")
             continue
-        rows = info.shape[0] if info.shape else 1
-        if model.read(name) != source.stored(name, source.rows(name, 0, rows)):
-            yield Finding("SOURCE", name, "the copy differs from the source")
+        size = info.nbytes // info.shape[0] if info.shape else info.nbytes
+        for begin, end in _spans(info.shape):
+            raw = source.stored(name, source.rows(name, begin, end))
+            if model.read(name, begin * size, end * size) != raw:
+                yield _finding(name, "the copy differs from the source")
+                break
+
+
+def _compare_names(model: SktchModel, source: Source) -> Iterator[Finding]:
+    """What the source has and the sketch does not: aliases must be equal, the rest was dropped."""
+    from sketchconv.job import same_bytes
+
+    manifest = model.manifest
+    dropped = manifest.recipe.get("dropped", [])
+    for name in source.infos:
+        if name in manifest.aliases:
+            target = manifest.aliases[name]
+            if target in source.infos and not same_bytes(source, name, target):
+                yield _finding(name, f"is an alias of {target} here, but differs in the source")
+        elif name not in manifest.sketches and name not in model.tensors and name not in dropped:
+            yield _finding(name, "the source has this tensor, the sketch does not")
+
+
+def _finding(where: str, message: str) -> Finding:
+    from sketchconv.formats.validate import Finding
+
+    return Finding("SOURCE", where, message)
+
+
+def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Runs of whole rows that cover a tensor in bounded pieces; a scalar has one row."""
+    rows = shape[0] if shape else 1
+    step = max(1, _CHUNK_WEIGHTS // max(1, math.prod(shape[1:])))
+    return ((begin, min(begin + step, rows)) for begin in range(0, rows, step))

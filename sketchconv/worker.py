@@ -16,14 +16,13 @@ from sketchconv.memory import anonymous_bytes
 from sketchconv.plan import Step
 from sketchconv.recipe import Recipe
 from sketchconv.report import Report, TensorResult, stored_parameters
+from sketchconv.sources.base import FLOATS
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from sketchconv.formats.writer import BundleWriter, FolderWriter
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ class Worker:
             plan=job.plan,
             weighting=job.moments.description,
             results=tuple(self.results),
-            source_bytes=job.source_bytes,
+            source_bytes=job.source.nbytes,
             output_bytes=job.output_bytes,
             seconds=seconds,
             solve_seconds=self.solve_seconds,
@@ -128,10 +127,10 @@ class Worker:
         source, moments, name = self.job.source, self.job.moments, chunk.step.name
         observed = moments.needs(name)
         # Buffers such as attention masks may hold infinities; parameters may not.
-        is_parameter = name.endswith((".weight", ".bias")) and chunk.step.info.dtype in _FLOATS
+        is_parameter = name.endswith((".weight", ".bias")) and chunk.step.info.dtype in FLOATS
         if observed or is_parameter:
             rows = self._float32(name, raw)
-            _check_finite(chunk, rows)
+            _check_finite(chunk, rows, self.threads)
             if observed:
                 moments.observe(name, chunk.begin, rows)
         self.writer.append(name, source.stored(name, raw))
@@ -146,7 +145,7 @@ class Worker:
             self._column_weights = moments.column_weights(name)
             self._tally = _Tally()
         rows = self._float32(name, raw)
-        _check_finite(chunk, rows)
+        _check_finite(chunk, rows, self.threads)
         started = time.perf_counter()
         try:
             solved = solve_rows(
@@ -160,7 +159,8 @@ class Worker:
             )
         except LutRangeError as error:
             raise WeightError(
-                f"{name}: {error}; choose --lut-dtype BF16 or F32 (rows counted from {chunk.begin})"
+                f"{name}: row {chunk.begin + error.row}: {error.value:g} is beyond the range of a "
+                f"{error.lut_dtype} LUT; choose --lut-dtype BF16 or F32"
             ) from None
         self.solve_seconds += time.perf_counter() - started
         self.writer.append(record.index_name, pack_rows(solved.indices, record.bits, record.groups))
@@ -194,7 +194,7 @@ def ordered_steps(job: Job) -> list[Step]:
     return [steps[name] for name in dict.fromkeys((*first, *steps))]
 
 
-def _check_finite(chunk: Chunk, rows: npt.NDArray[np.float32]) -> None:
+def _check_finite(chunk: Chunk, rows: npt.NDArray[np.float32], threads: int | None) -> None:
     """Refuse NaN and infinity by name, row and count.
 
     Raises:
@@ -203,7 +203,7 @@ def _check_finite(chunk: Chunk, rows: npt.NDArray[np.float32]) -> None:
     from sketchconv.kernels.cpu import nonfinite_rows
 
     flat = rows.reshape(1, -1) if rows.ndim < 2 else rows.reshape(rows.shape[0], -1)
-    counts = nonfinite_rows(flat)
+    counts = nonfinite_rows(flat, threads=threads)
     if not counts.any():
         return
     row = int(counts.argmax())

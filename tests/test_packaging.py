@@ -81,6 +81,22 @@ def test_imports_point_in_one_direction(installed, tmp_path):
     assert "0 broken" in done.stdout
 
 
+@pytest.mark.parametrize("folder", ["formats", "kernels"])
+def test_formats_and_kernels_import_nothing_of_ours_but_themselves(installed, folder):
+    code = (
+        "import grimp; graph = grimp.build_graph('sketchconv', cache_dir=None);"
+        f"own = 'sketchconv.{folder}';"
+        "found = {(m, i) for m in graph.modules if m.startswith(own)"
+        " for i in graph.find_modules_directly_imported_by(m) if not i.startswith(own)};"
+        "print(len([m for m in graph.modules if m.startswith(own)]), sorted(found))"
+    )
+    done = python(code, cwd=installed, path=installed)
+    assert done.returncode == 0, done.stderr
+    modules, rest = done.stdout.split(maxsplit=1)
+    assert int(modules) > 10
+    assert rest.strip() == "[]"
+
+
 @pytest.mark.parametrize(
     "module",
     ["sketchconv", "sketchconv.cli.main", "sketchconv.cli.convert", "sketchconv.formats.reader"],

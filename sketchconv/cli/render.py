@@ -58,7 +58,7 @@ def print_plan(job: Job, *, as_json: bool) -> None:
     parameters = stored_parameters(steps)
     coverage = job.plan.coverage
     rows = [
-        ("source", f"{job.source.id} ({job.source.format}, {human_bytes(job.source_bytes)})"),
+        ("source", f"{job.source.id} ({job.source.format}, {human_bytes(job.source.nbytes)})"),
         ("output", f"{job.output} ({len(job.sizes)} file{'s' if len(job.sizes) > 1 else ''})"),
         ("size", f"{job.output_bytes:,} bytes ({human_bytes(job.output_bytes)})"),
         ("parameters", f"{parameters:,}"),

@@ -32,7 +32,11 @@ def gather(
 
 
 class SketchMatmul(torch.autograd.Function):
-    """`x @ W.T` with gradients of `x` and of the LUT, by tiles, never with a dense `W`."""
+    """`x @ W.T` with gradients of `x` and of the LUT, by tiles, never with a dense `W`.
+
+    Gradients are products and sums in float32 (float64 for float64), whatever the dtype of `x`,
+    and are rounded once, at the end.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, lut: Tensor, packed: Packed | None) -> Tensor:

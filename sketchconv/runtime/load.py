@@ -92,9 +92,11 @@ def _folder(sketch: SktchModel) -> Iterator[Path]:
     if not sketch.is_bundle:
         yield sketch.path
         return
+    from sketchconv.sources.files import is_side_file
+
     with tempfile.TemporaryDirectory(prefix="sketchconv-") as name:
         folder = Path(name)
-        for inner in sketch.files:
+        for inner in filter(is_side_file, sketch.files):  # never code, weights or adapters
             target = folder / inner
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(sketch.file(inner))

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from sketchconv.formats.tensors import TensorInfo
 
 Float32 = npt.NDArray[np.float32]
+# Dtypes whose values can be compressed.
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Source(Protocol):

@@ -32,7 +32,7 @@ class Snapshot:
     revision: str
 
 
-def download(repo: str, *, revision: str | None = None, token: str | None = None) -> Snapshot:
+def download(repo: str, *, revision: str | None = None) -> Snapshot:
     """Download the repository's weights and side files into the Hugging Face cache.
 
     The file list comes first, so that a repository without safetensors is refused before anything
@@ -42,7 +42,6 @@ def download(repo: str, *, revision: str | None = None, token: str | None = None
     Args:
         repo: `org/name`.
         revision: branch, tag or commit; the main branch by default.
-        token: an access token; by default the one that `hf auth login` stored.
 
     Raises:
         HubError: one line that says why, and what to do.
@@ -52,24 +51,24 @@ def download(repo: str, *, revision: str | None = None, token: str | None = None
     with _explained(repo, revision):
         if is_offline_mode():
             return _cached(repo, revision)
-        return _download(repo, revision, token)
+        return _download(repo, revision)
 
 
-def _download(repo: str, revision: str | None, token: str | None) -> Snapshot:
+def _download(repo: str, revision: str | None) -> Snapshot:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    info = HfApi(token=token).model_info(repo, revision=revision)
+    info = HfApi().model_info(repo, revision=revision)
     commit = info.sha or revision or "main"
     listed = [item.rfilename for item in info.siblings or []]
     names = [name for name in listed if is_side_file(name)]
     if "config.json" in listed:
         # A quantized checkpoint is refused before its shards are downloaded.
-        config = hf_hub_download(repo, "config.json", revision=commit, token=token)
+        config = hf_hub_download(repo, "config.json", revision=commit)
         parse_config(read_limited(Path(config), MAX_CONFIG_BYTES), f"{repo}/config.json")
     if SINGLE in listed:
         names.append(SINGLE)
     elif INDEX in listed:
-        index = hf_hub_download(repo, INDEX, revision=commit, token=token)
+        index = hf_hub_download(repo, INDEX, revision=commit)
         data = read_limited(Path(index), MAX_INDEX_BYTES)
         shards = set(parse_weight_map(data, f"{repo}/{INDEX}").values())
         _refuse_absent(repo, sorted(shards.difference(listed)))
@@ -78,7 +77,7 @@ def _download(repo: str, revision: str | None, token: str | None) -> Snapshot:
         _refuse_contents(repo, listed)
     patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in names]
     # By the branch's name, so that the cache remembers what it stands for when offline.
-    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, token=token))
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     return Snapshot(folder, folder.name)
 
 

@@ -14,7 +14,7 @@ _PATH_PREFIXES = ("/", "./", "../", "~")
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".sktch", ".bin", ".pt", ".pth", ".ckpt", ".json")
 
 
-def open_source(spec: str, *, revision: str | None = None, token: str | None = None) -> Source:
+def open_source(spec: str, *, revision: str | None = None) -> Source:
     """Open a source by what its name says; only metadata is read.
 
     An existing path wins over a hub id of the same name. A text that cannot be a hub id, such as
@@ -23,7 +23,6 @@ def open_source(spec: str, *, revision: str | None = None, token: str | None = N
     Args:
         spec: a folder, a `.gguf` file, or `org/name` on the Hub.
         revision: branch, tag or commit on the Hub.
-        token: access token for the Hub; by default the one that `hf auth login` stored.
 
     Raises:
         SourceError: nothing there, or nothing that can be converted; one line that says why.
@@ -42,7 +41,7 @@ def open_source(spec: str, *, revision: str | None = None, token: str | None = N
         raise SourceError(
             f"{spec!r}: no such file or folder here, and not a hub id of the form org/name"
         )
-    snapshot = download(spec, revision=revision, token=token)
+    snapshot = download(spec, revision=revision)
     return CheckpointSource(snapshot.path, id=spec, revision=snapshot.revision)
 
 

@@ -9,9 +9,8 @@ import numpy.typing as npt
 
 from sketchconv.errors import SourceError
 from sketchconv.formats.tensors import TensorInfo
-from sketchconv.sources.base import Float32
+from sketchconv.sources.base import FLOATS, Float32
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 _COPIED = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 _CARRIERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 

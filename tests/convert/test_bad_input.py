@@ -210,9 +210,9 @@ def test_too_little_free_disk_is_refused_before_the_work(llama, tmp_path, monkey
     import sketchconv as package
     from sketchconv.errors import OutputError
 
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("sketchconv.job.shutil.disk_usage", lambda _path: usage)
-    with pytest.raises(OutputError, match="are missing"):
+    monkeypatch.setattr("sketchconv.formats.part.free_bytes", lambda _folder: 1000)
+    monkeypatch.setattr("sketchconv.worker.Worker.events", lambda _self: pytest.fail("started"))
+    with pytest.raises(OutputError, match="missing"):
         package.convert(llama, tmp_path / "out.sktch")
     assert not list(tmp_path.iterdir())
 

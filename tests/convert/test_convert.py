@@ -100,6 +100,9 @@ def test_the_dry_run_predicts_the_size_to_the_byte(untied_shards, tmp_path, form
 
 @pytest.mark.parametrize("form", ["tiny.sktch", "tiny"])
 def test_bytes_depend_on_nothing_but_source_and_recipe(llama, tmp_path, form, monkeypatch):
+    # let even these small matrices be cut among threads
+    monkeypatch.setattr("sketchconv.kernels.threads.SMALLEST_WORK", 1)
+    monkeypatch.setattr("sketchconv.kernels.threads.SMALLEST_SPAN", 1)
     recipe = Recipe(embed_bits=6)
     sketchconv.convert(llama, tmp_path / form, recipe, threads=1)
     first = digests(tmp_path / form)

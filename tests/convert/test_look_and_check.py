@@ -12,7 +12,7 @@ import pytest
 import sketchconv
 from sketchconv.errors import SketchconvError
 from sketchconv.recipe import Recipe
-from sketchconv.summary import fold_layers, summarise
+from sketchconv.summary import fold_layers, is_sketch, summarise
 from sketchconv.verify import verify
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -99,6 +99,31 @@ def test_verify_against_another_source_finds_every_difference(sketch, fresh_llam
     save_file(tensors, path, metadata={"format": "pt"})
     result = verify(out, against=str(fresh_llama))
     assert {f.where for f in result.findings} == {Q_PROJ, "model.norm.weight"}
+
+
+def test_verify_against_a_source_with_more_or_untied_tensors(sketch, fresh_llama):
+    from safetensors.torch import load_file, save_file
+
+    out, _ = sketch
+    path = fresh_llama / "model.safetensors"
+    tensors = load_file(path)
+    untied = tensors["model.embed_tokens.weight"] * 3
+    more = {**tensors, "lm_head.weight": untied, "model.extra.weight": untied.clone()}
+    save_file(more, path, metadata={"format": "pt"})
+    result = verify(out, against=str(fresh_llama))
+    assert {f.where for f in result.findings} == {"lm_head.weight", "model.extra.weight"}
+
+
+def test_inspect_knows_a_sketch_whose_config_was_written_without_spaces(sketch, tmp_path):
+    out, _ = sketch
+    if out.is_file():
+        assert is_sketch(out)
+        return
+    copy = tmp_path / "compact"
+    shutil.copytree(out, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config, separators=(",", ":")))
+    assert summarise(copy).format == "sktch"
 
 
 def test_verify_fails_on_a_flipped_byte(sketch, tmp_path):

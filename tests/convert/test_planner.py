@@ -142,6 +142,13 @@ def test_transposed_weights_are_not_sketched():
         make_plan(infos(), model(transposed=("layers.0.up.weight",)), Recipe())
 
 
+@pytest.mark.parametrize(("dtype", "shape"), [("BOOL", (96,)), ("F32", (0,))])
+def test_a_tensor_that_no_sketch_can_hold_is_refused_by_name(dtype, shape):
+    odd = {**infos(), "layers.0.up.bias": TensorInfo("layers.0.up.bias", dtype, shape)}
+    with pytest.raises(PlanError, match=r"layers\.0\.up\.bias: .* cannot be stored"):
+        make_plan(odd, model(), Recipe())
+
+
 def test_a_note_warns_of_luts_that_dwarf_their_indices():
     assert make_plan(infos(), model(), Recipe(SketchSpec(bits=2))).notes == ()
     (note,) = make_plan(infos(), model(), Recipe(SketchSpec(bits=4, groups=2))).notes
