@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,11 @@ class Verification:
 
 
 def verify(
-    path: str | Path, *, against: str | None = None, revision: str | None = None
+    path: str | Path,
+    *,
+    against: str | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Check a sketch, all of it; optionally against the source that it was made from.
 
@@ -74,6 +78,7 @@ def verify(
         path: a `.sktch` file or a sketch folder.
         against: source (folder, hub id or GGUF) whose weights to compare with.
         revision: the source's revision on the Hub.
+        progress: called with the bytes that were digested and the bytes in all.
 
     Raises:
         SourceError: nothing is there, or `against` cannot be read.
@@ -83,7 +88,7 @@ def verify(
     path = Path(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
-    findings = list(validate(path))
+    findings = list(validate(path, progress))
     tensors, nbytes = _extent(path)
     comparison = _Comparison()
     if against is not None and not findings:

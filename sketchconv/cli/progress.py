@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sketchconv.pipeline import Progress, ProgressCallback
@@ -22,6 +22,21 @@ def show_progress(*, quiet: bool) -> Iterator[ProgressCallback | None]:
             yield callback
     else:
         yield _Lines()
+
+
+@contextmanager
+def show_bytes() -> Iterator[Callable[[int, int], None] | None]:
+    """A callback for `verify` that draws a bar of bytes; nothing where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as rp
+    from rich.console import Console
+
+    columns = (rp.BarColumn(), rp.DownloadColumn(), rp.TransferSpeedColumn())
+    with rp.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("verifying", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager

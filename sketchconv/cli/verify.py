@@ -15,9 +15,11 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(path: str, *, against: str | None, revision: str | None, as_json: bool) -> None:
     """Check the sketch at PATH; exit with 1 if anything is wrong."""
+    from sketchconv.cli.progress import show_bytes
     from sketchconv.verify import verify
 
-    result = verify(path, against=against, revision=revision)
+    with show_bytes() as progress:
+        result = verify(path, against=against, revision=revision, progress=progress)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:
