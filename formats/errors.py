@@ -30,16 +30,7 @@ class FormatError(SketchconvError):
 
 
 class OutputFailure(SketchconvError):
-    """The output cannot be written: it exists, the place is not writable, the disk is full.
-
-    Args:
-        message: one clear line.
-        missing: how many bytes of free disk are missing; 0 when space is not the reason.
-    """
-
-    def __init__(self, message: str, missing: int = 0) -> None:
-        self.missing = missing
-        super().__init__(message)
+    """The output cannot be written: it exists, the place is not writable, the disk is full."""
 
 
 def refuse(requirement: str, where: str, message: str) -> NoReturn:

@@ -24,7 +24,9 @@ from sketchconv.formats.strict_json import Limits, loads
 CONFIG_NAME: Final = "config.json"
 MAX_CONFIG: Final = 16 * 1024 * 1024
 _SHARD: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,240}\.safetensors")
-_INDEX_LIMITS: Final = Limits(16, rules.MAX_VALUES, whitespace=True, any_number=True)
+_INDEX_LIMITS: Final = Limits(
+    rules.MAX_DOCUMENT_DEPTH, rules.MAX_VALUES, whitespace=True, any_number=True
+)
 _FOREIGN: Final = (*PICKLE_SUFFIXES, ".msgpack", ".h5")
 
 
@@ -113,7 +115,7 @@ def parse_config(raw: bytes, where: str) -> dict[str, Any]:
 
 def _read_index(root: Path) -> dict[str, str]:
     where = f"{root.name}/{INDEX_NAME}"
-    raw = read_member(root, INDEX_NAME, rules.MAX_HEADER, "SKT-101").strip()
+    raw = read_member(root, INDEX_NAME, rules.MAX_HEADER, "SKT-101")
     weight_map = loads(raw, where, _INDEX_LIMITS).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         refuse("SKT-101", where, f"weight_map must be an object, got {shown(weight_map)}")
@@ -125,8 +127,8 @@ def _read_index(root: Path) -> dict[str, str]:
 
 def _in_blobs(real: Path, home: Path) -> bool:
     """Tell whether a link of a cache snapshot `REPO/snapshots/REVISION` ends in `REPO/blobs`."""
-    snapshots = next((p for p in home.parents if p.name == "snapshots"), None)
-    return snapshots is not None and real.parent == snapshots.parent / "blobs"
+    snapshots = home.parent
+    return snapshots.name == "snapshots" and real.parent == snapshots.parent / "blobs"
 
 
 def _hint(root: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 
 from sketchconv.formats.errors import refuse, shown
 from sketchconv.formats.manifest import Manifest
+from sketchconv.formats.strict_json import dumps
 
 _SAME: Final = ("version", "kind", "packing", "tool", "recipe", "source", "extensions", "unknown")
 _V = TypeVar("_V")
@@ -24,9 +25,11 @@ def merge_manifests(manifests: Mapping[str, Manifest], where: str) -> Manifest:
         FormatError: SKT-106 if two documents contradict each other.
     """
     first_name, first = next(iter(manifests.items()))
+    # As texts: to Python, true equals 1.
+    texts = {member: dumps(getattr(first, member)) for member in _SAME}
     for name, other in manifests.items():
-        for member in _SAME:
-            if getattr(other, member) != getattr(first, member):
+        for member, text in texts.items():
+            if dumps(getattr(other, member)) != text:
                 refuse("SKT-106", where, f"{member} of {name} and {first_name} differ")
     every = list(manifests.values())
     sentinels = [m.sentinel for m in every if m.sentinel is not None]
@@ -69,6 +72,7 @@ def check_weight_map(
 
 
 def _union(parts: Sequence[Mapping[str, _V]], what: str, where: str) -> dict[str, Any]:
+    # Here equal values have equal texts: strings, checked records, errors of fixed form or null.
     out: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():

@@ -162,4 +162,4 @@ def os_failures(path: Path, needed: int = 0) -> Iterator[None]:
 def _full(path: Path, needed: int, free: int) -> OutputFailure:
     missing = max(needed - free, 0)
     detail = f": {needed} bytes needed, {free} free, {missing} missing" if missing else ""
-    return OutputFailure(f"the disk is full, cannot write {path}{detail}", missing)
+    return OutputFailure(f"the disk is full, cannot write {path}{detail}")

@@ -105,8 +105,15 @@ def _unit_bytes(unit: SketchRecord | TensorInfo) -> int:
 
 
 def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    parts = re.split(r"([0-9]+)", name)
-    return [(1, int(p), "") if p.isdigit() else (0, 0, p) for p in parts if p], name
+    # Numbers by length, then digits: foreign names may hold more digits than int() takes.
+    return [_natural_part(p) for p in re.split(r"([0-9]+)", name) if p], name
+
+
+def _natural_part(part: str) -> tuple[int, int, str]:
+    if not re.fullmatch("[0-9]+", part):
+        return 0, 0, part
+    digits = part.lstrip("0")
+    return 1, len(digits), digits
 
 
 def _check_split(draft: Draft, layouts: Mapping[str, Layout]) -> None:

@@ -111,10 +111,10 @@ class SketchRecord:
 
     @classmethod
     def from_value(cls, name: str, value: Any, where: str) -> SketchRecord:
-        """Read and check a record.
+        """Read a record; its values remain to be checked, see `check`.
 
         Raises:
-            FormatError: SKT-060 to SKT-066.
+            FormatError: SKT-061, and SKT-062, SKT-065 and SKT-066 for a value of a wrong type.
         """
         at = f"{where}: sketch {shown(name)}"
         if not isinstance(value, dict) or value.keys() != _MEMBERS:
@@ -126,11 +126,7 @@ class SketchRecord:
         for key, requirement in (("lut", "SKT-065"), ("dtype", "SKT-066")):
             if not isinstance(value[key], str):
                 refuse(requirement, at, f"{key} must be a string, got {shown(value[key])}")
-        record = cls(
-            name, tuple(shape), value["dtype"], value["bits"], value["groups"], value["lut"]
-        )
-        record.check(where)
-        return record
+        return cls(name, tuple(shape), value["dtype"], value["bits"], value["groups"], value["lut"])
 
 
 def _positive(value: Any) -> bool:

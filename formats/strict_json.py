@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 
@@ -21,14 +21,17 @@ from sketchconv.formats.errors import FormatError, refuse, shown
 from sketchconv.formats.rules import MAX_INTEGER
 
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-_FIXED: Final = re.compile(r"[0-9]\.[0-9]{6}e[+-][0-9]{2}")
+_FIXED: Final = re.compile(r"[1-9]\.[0-9]{6}e(\+[0-9]{2}|-(0[1-9]|[1-9][0-9]))|0\.000000e\+00")
 _PIECE: Final = 1 << 22
 _LARGE: Final = 1 << 20
 _NO_BRACKET: Final = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class Fixed(float):
-    """A JSON number in the fixed-width form of error metrics, `d.dddddde±dd`; keeps its text."""
+    """A JSON number in the fixed-width form of error metrics, `d.dddddde±dd`; keeps its text.
+
+    Each value has one text: the first digit is not 0 but in `0.000000e+00`, nor is there `e-00`.
+    """
 
     __slots__ = ("text",)
     text: str
@@ -189,7 +192,7 @@ def _parse(text: str, where: str, limits: Limits) -> Any:
             object_pairs_hook=_pairs_hook(where),
             parse_int=_int_hook(where, limits),
             parse_float=_float_hook(where, limits),
-            parse_constant=_constant_hook(where, limits),
+            parse_constant=_constant_hook(where),
         )
     except json.JSONDecodeError as error:
         refuse("SKT-008", where, f"not JSON: {error.msg} at character {error.pos}")
@@ -211,12 +214,12 @@ def _pairs_hook(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]
 
 def _int_hook(where: str, limits: Limits) -> Callable[[str], int | float]:
     def hook(digits: str) -> int | float:
-        if limits.any_number and len(digits) > 19:
-            return float(digits)
         if len(digits) <= 19 and (digits[0] != "-" or limits.any_number):
             value = int(digits)
             if value <= MAX_INTEGER:
                 return value
+        if limits.any_number:
+            return float(digits)
         return refuse("SKT-010", where, f"expected plain digits below 2^63, got {shown(digits)}")
 
     return hook
@@ -233,11 +236,9 @@ def _float_hook(where: str, limits: Limits) -> Callable[[str], float]:
     return hook
 
 
-def _constant_hook(where: str, limits: Limits) -> Callable[[str], float]:
-    def hook(name: str) -> float:
-        if limits.any_number:
-            return float(name)
-        return refuse("SKT-008", where, f"{name} is not JSON")
+def _constant_hook(where: str) -> Callable[[str], NoReturn]:
+    def hook(name: str) -> NoReturn:
+        refuse("SKT-008", where, f"{name} is not JSON")
 
     return hook
 

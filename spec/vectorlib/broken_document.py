@@ -14,7 +14,7 @@ from vectorlib.breaking import (
     with_text,
 )
 from vectorlib.material import model, sketch
-from vectorlib.plain import ZERO, build, digest
+from vectorlib.plain import ZERO, build, digest, raw
 
 NAN, INF = b"\0\x7e", b"\0\x7c"
 
@@ -160,6 +160,14 @@ def broken_rest():
     yield "SKT-082", "error-of-nothing", with_document(put(["errors", "p"], None))
     yield "SKT-082", "error-integer", with_document(put(["errors", "m.weight"], 0))
     yield "SKT-082", "error-string", with_document(put(["errors", "m.weight"], "0"))
+    for what, text in {
+        "small-digit": "0.500000e+00",
+        "zero-exponent": "0.000000e-05",
+        "minus-zero": "0.000000e-00",
+        "exponent-minus-00": "1.000000e-00",
+        "three-digits": "1.000000e-100",
+    }.items():
+        yield "SKT-010", f"error-{what}", with_document(put(["errors", "m.weight"], raw(text)))
     yield "SKT-085", "alias-is-stored", with_document(put(["aliases"], {"p": "m.weight"}))
     yield "SKT-085", "alias-is-a-sketch", with_document(put(["aliases"], {"m.weight": "p"}))
     yield "SKT-085", "alias-name", with_document(put(["aliases"], {"../x": "p"}))

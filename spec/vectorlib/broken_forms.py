@@ -66,6 +66,11 @@ def broken_folders():
     yield "SKT-101", "index-map-array", {**good, name: b'{"weight_map":[]}'}
     yield "SKT-101", "index-integer", {**good, name: b'{"weight_map":{"a":1}}'}
     yield "SKT-008", "index-not-json", {**good, name: b"<html>"}
+    for word in ("NaN", "Infinity", "-Infinity"):
+        text = good[name].replace(b'"total_size": ', f'"x": {word}, "total_size": '.encode())
+        yield "SKT-008", f"index-{word.replace('-', 'minus-').lower()}", {**good, name: text}
+    yield "SKT-008", "index-form-feed", {**good, name: b"\f" + good[name] + b"\v"}
+    yield "SKT-012", "index-17-levels", {**good, name: b'{"a":' * 17 + b"1" + b"}" * 17}
     yield "SKT-009", "index-twice", {**good, name: b'{"weight_map":{"a":"x","a":"y"}}'}
     bad = {
         "climbing": f"../{SHARDS[0]}",
@@ -92,6 +97,11 @@ def broken_folders():
         "recipes-differ",
         {**good, SHARDS[1]: build({**second[0], "recipe": {"bits": 5}}, second[1])},
     )
+    typed = {
+        SHARDS[0]: build({**first[0], "recipe": {"a": 1}}, first[1]),
+        SHARDS[1]: build({**second[0], "recipe": {"a": True}}, second[1]),
+    }
+    yield "SKT-106", "recipes-differ-in-type", {**good, **typed}
     yield "SKT-003", "shard-is-web-page", {**good, SHARDS[1]: b"<html><body>404</body></html>"}
     yield (
         "SKT-107",

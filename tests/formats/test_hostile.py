@@ -324,6 +324,16 @@ def test_hugging_face_cache(tmp_path, toy, limit):
     assert list(validate(tmp_path / "link")) == []
 
 
+def test_only_the_snapshot_itself_may_lead_to_the_blobs(tmp_path, toy):
+    folder = toy.folder(tmp_path / "model")
+    snapshot = as_cache(folder, tmp_path / "snapshots" / "x" / "models--a--b")
+    assert list(validate(snapshot)) == []
+    inner = snapshot / "inner"
+    inner.mkdir()
+    (inner / "model.safetensors").symlink_to((snapshot / "model.safetensors").resolve())
+    refused("SKT-103", SktchModel.open, inner)
+
+
 def test_another_repository_s_blobs_are_outside(tmp_path, toy):
     folder = toy.folder(tmp_path / "model")
     snapshot = as_cache(folder, tmp_path / "models--a--b")
@@ -331,6 +341,15 @@ def test_another_repository_s_blobs_are_outside(tmp_path, toy):
     other.mkdir(parents=True)
     (other / "model.safetensors").symlink_to((snapshot / "model.safetensors").resolve())
     refused("SKT-103", SktchModel.open, other)
+
+
+def test_index_with_any_white_space_and_numbers(tmp_path, toy):
+    folder = toy.folder(tmp_path / "model", 500)
+    index = folder / "model.safetensors.index.json"
+    numbers = '"x": [-1, 2.5E+3, 1e400, 9999999999999999999, -0, 1' + "0" * 5000 + "], "
+    text = index.read_text().replace('"total_size"', numbers + '"total_size"')
+    index.write_text("\r\n\t " + text + " \t\r\n")
+    assert list(validate(folder)) == []
 
 
 def test_index_that_is_too_large(tmp_path):
@@ -395,7 +414,6 @@ def test_drafts_that_break_a_requirement(tmp_path, small_toy):
         "SKT-060": replace(draft, sketches=(replace(record, name="x.bias"),)),
         "SKT-062": replace(draft, sketches=(replace(record, shape=(0, 3)),)),
         "SKT-066": replace(draft, sketches=(replace(record, dtype="I8"),)),
-        "SKT-021": replace(draft, plain=(TensorInfo("a/b", "F32", (1,)),)),
         "SKT-023": replace(draft, plain=(TensorInfo("m", "BOOL", (1,)),)),
         "SKT-024": replace(draft, plain=(TensorInfo("m", "F32", (1,) * 9),)),
         "SKT-025": replace(draft, plain=(TensorInfo("m", "F32", (0,)),)),
@@ -408,6 +426,10 @@ def test_drafts_that_break_a_requirement(tmp_path, small_toy):
     for requirement, broken in bad.items():
         refused(requirement, BundleWriter, tmp_path / "a.sktch", broken, {})
         refused(requirement, FolderWriter, tmp_path / "a", broken, {}, 10**9)
+    for name in ("a/b", "x.²", "x.٣", "9" * 5000):
+        broken = replace(draft, plain=(TensorInfo(name, "F32", (1,)),))
+        refused("SKT-021", BundleWriter, tmp_path / "a.sktch", broken, {})
+        refused("SKT-021", FolderWriter, tmp_path / "a", broken, {}, 10**9)
     dense = replace(draft, plain=(TensorInfo(record.name, "F32", (1, 3)),))
     refused("SKT-009", BundleWriter, tmp_path / "a.sktch", dense, {})
     assert list(Path(tmp_path).iterdir()) == []
