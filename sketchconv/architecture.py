@@ -35,8 +35,8 @@ class ModelMap:
         parameters: shape of every tensor that goes unchanged into the model, buffers included.
         modules: the model's own name of each of those tensors.
         transposed: the linears that are stored as [in, out] (GPT-2's `Conv1D`).
-        unsupported: tensors of fused or merged modules (mixtures of experts), which cannot be
-            sketched yet, with their parameter counts.
+        unsupported: tensors of fused or merged modules (mixtures of experts) and of linear modules
+            with a forward of their own, which cannot be sketched yet, with their parameter counts.
         extra: tensors that the model does not have, such as old buffers; they can be dropped.
     """
 
@@ -103,6 +103,7 @@ def _map(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> ModelMap:
             for source in infos
             if source in names.converted
             or (len(infos[source].shape) == 3 and "expert" in source and source in names.plain)
+            or roles.get(names.plain.get(source, "")) == "special"
         },
         extra=names.extra,
     )
@@ -113,15 +114,20 @@ def _roles(model: PreTrainedModel) -> dict[str, str]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    from sketchconv.runtime.replace import has_sketched_form
+
     prefix = model.base_model_prefix
     base = f"{prefix}." if prefix and getattr(model, prefix, None) not in (None, model) else ""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     roles = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Embedding):
-            role = "embedding"
+            # Others, such as learned positions with an offset, are copied like any tensor.
+            role = "embedding" if has_sketched_form(module) else "other"
         elif isinstance(module, Conv1D):
             role = "transposed"
+        elif isinstance(module, nn.Linear) and not has_sketched_form(module):
+            role = "special"
         elif isinstance(module, nn.Linear):
             role = "linear" if name.startswith(base) and module is not output else "head"
         else:

@@ -92,6 +92,8 @@ def prepare(
     from sketchconv.planner import make_plan
     from sketchconv.sources.open import open_source
 
+    if not str(src) or not str(out):
+        raise SourceError("the source and the output must not be empty")
     output = Path(out)
     _check_suffix(output)
     source = open_source(str(src), revision=revision)
@@ -175,9 +177,14 @@ def _draft(source: Source, plan: Plan, recipe: Recipe, moments: Moments) -> Draf
             "column_weights": moments.description,
             "dropped": sorted(step.name for step in plan.steps if step.action == "drop"),
         },
-        source={"id": source.id, "revision": source.revision, "format": source.format},
+        source={"id": _printable(source.id), "revision": source.revision, "format": source.format},
         tool=f"sketchconv {__version__}",
     )
+
+
+def _printable(text: str) -> str:
+    """A name from the file system without the surrogates that stand for undecodable bytes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _with_dtype(config: Mapping[str, Any], source: Source) -> dict[str, Any]:

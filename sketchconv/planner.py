@@ -42,6 +42,8 @@ def make_plan(
         raise PlanError(_indivisible_message(planner.indivisible))
     _check_storable(steps)
     coverage = _coverage(steps, model)
+    if not any(step.action == "sketch" for step in steps) and coverage.eligible == 0:
+        raise PlanError("nothing would be sketched: the filters leave no weight; loosen them")
     _check_coverage(coverage, steps, model)
     aliases = {**{k: v for k, v in model.aliases.items() if v in infos}, **duplicates}
     return Plan(steps, aliases, coverage, tuple(_notes(steps)))
@@ -82,7 +84,7 @@ class _Planner:
 
     def _cannot_sketch(self, info: TensorInfo, role: Role) -> str | None:
         if info.name in self.unsupported:
-            return "part of a fused module (mixture of experts), which cannot be sketched yet"
+            return "part of a module that has no sketched form yet (mixture of experts or the like)"
         if role == "other":
             return "not the weight of a linear or embedding module"
         if info.name in self.transposed:

@@ -156,7 +156,7 @@ def _sketch(path: Path) -> Summary:
         if name in parts:
             continue
         storage: Storage = "file" if name in files else "dense"
-        storage = "sentinel" if name == manifest.sentinel else storage
+        storage = "sentinel" if name in manifest.sketches else storage
         rows.append(TensorRow(files.get(name, name), storage, info.dtype, info.shape, info.nbytes))
     rows += [TensorRow(f"{a} = {b}", "alias", "", (), 0) for a, b in manifest.aliases.items()]
     source = manifest.source
@@ -175,6 +175,8 @@ def _safetensors(path: Path) -> Summary:
     from sketchconv.formats.container import Container
 
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if files == [path] and path.suffix != ".safetensors":
+        raise SourceError(f"{path}: not a .sktch, .safetensors or .gguf file")
     if not files:
         raise SourceError(f"{path}: holds no .safetensors, .sktch or .gguf file")
     rows: list[TensorRow] = []
@@ -198,6 +200,8 @@ def _gguf(path: Path) -> Summary:
     for tensor in header.tensors.values():
         name, block, size = kinds.get(tensor.kind, (f"type {tensor.kind}", 1, 0))
         nbytes = math.prod(tensor.shape) // block * size
+        if tensor.offset + nbytes > header.size:
+            raise SourceError(f"{path}: cut off inside tensor {tensor.name!r}; download it again")
         rows.append(TensorRow(tensor.name, "dense", name, tensor.shape, nbytes))
     facts = [("format", f"GGUF, {len(rows)} tensors, {len(header.values)} metadata keys")]
     facts += [(k, v) for k, v in header.values.items() if isinstance(v, str) and len(v) < 200]

@@ -40,7 +40,8 @@ class Verification:
     def lines(self) -> Iterator[str]:
         """The result in words."""
         verdict = "FAILED" if self.findings else "OK"
-        yield f"{verdict} {self.path}: {len(self.findings)} findings"
+        count = len(self.findings)
+        yield f"{verdict} {self.path}: {count} finding{'' if count == 1 else 's'}"
         yield f"checked {self.tensors} tensors, {self.nbytes:,} bytes, and every rule of the format"
         if self.against is not None:
             error = "none" if self.relative_error is None else f"{self.relative_error:.5f}"
@@ -180,8 +181,8 @@ def _decoded(
     """Rows [begin, end) of a sketched weight, without reading the others."""
     import numpy as np
 
+    from sketchconv.formats.decode import SketchTensor
     from sketchconv.formats.packing import unpack
-    from sketchconv.formats.reader import SketchTensor
     from sketchconv.formats.tensors import DTYPES
 
     def part(info: TensorInfo) -> npt.NDArray[Any]:
@@ -198,7 +199,8 @@ def _decoded(
 def _compare_copies(model: SktchModel, source: Source) -> Iterator[Finding]:
     manifest = model.manifest
     parts = {n for r in manifest.sketches.values() for n in (r.index_name, r.lut_name)}
-    skipped = parts | set(manifest.files.values()) | {manifest.sentinel}
+    # A sketch's own name is that of a sentinel; every shard may have one.
+    skipped = parts | set(manifest.files.values()) | set(manifest.sketches)
     for name, info in model.tensors.items():
         if name in skipped:
             continue

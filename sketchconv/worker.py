@@ -74,7 +74,7 @@ class Worker:
         """Do all the work; an event before and after compiling, then one per chunk."""
         steps = ordered_steps(self.job)
         total, done = stored_parameters(steps), 0
-        yield Progress("compiling kernels (once per machine)", "compile", 0, total)
+        yield Progress("preparing kernels (compiled once per machine)", "compile", 0, total)
         self.compile_seconds = _compile(self.job.recipe)
         yield Progress("reading", "read", 0, total)
         chunks = chain.from_iterable(row_chunks(step, self.job.budget) for step in steps)
@@ -125,13 +125,12 @@ class Worker:
 
     def _copy(self, chunk: Chunk, raw: bytes) -> None:
         source, moments, name = self.job.source, self.job.moments, chunk.step.name
-        observed = moments.needs(name)
-        # Buffers such as attention masks may hold infinities; parameters may not.
-        is_parameter = name.endswith((".weight", ".bias")) and chunk.step.info.dtype in FLOATS
-        if observed or is_parameter:
+        if chunk.step.info.dtype in FLOATS:
             rows = self._float32(name, raw)
-            _check_finite(chunk, rows, self.threads)
-            if observed:
+            # Buffers such as attention masks may hold infinities; parameters may not.
+            is_parameter = name.endswith((".weight", ".bias"))
+            _check_finite(chunk, rows if is_parameter else _without_infinity(rows), self.threads)
+            if moments.needs(name):
                 moments.observe(name, chunk.begin, rows)
         self.writer.append(name, source.stored(name, raw))
 
@@ -192,6 +191,12 @@ def ordered_steps(job: Job) -> list[Step]:
     steps = {s.name: s for s in job.plan.steps if s.action in ("sketch", "copy")}
     first = [name for name in job.moments.order if name in steps]
     return [steps[name] for name in dict.fromkeys((*first, *steps))]
+
+
+def _without_infinity(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    import numpy as np
+
+    return np.where(np.isinf(rows), np.float32(0), rows)
 
 
 def _check_finite(chunk: Chunk, rows: npt.NDArray[np.float32], threads: int | None) -> None:

@@ -66,10 +66,16 @@ def command(src: str, out: str, **options: Any) -> None:
 
     with show_progress(quiet=options["quiet"]) as progress:
         report = run(job, threads=options["threads"], progress=progress)
-    if options["as_json"]:
-        click.echo(json.dumps(report.to_json(), indent=2))
-    else:
-        print_report(report)
+    try:
+        if options["as_json"]:
+            click.echo(json.dumps(report.to_json(), indent=2))
+        else:
+            print_report(report)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        text = f"{out}: was written, but its report could not be printed: {error.strerror}"
+        raise click.ClickException(text) from error
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:

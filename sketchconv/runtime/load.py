@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
     from sketchconv.formats.reader import SktchModel
 
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer_config.json",
+)
+
 
 def load(
     path: str | os.PathLike[str],
@@ -57,6 +67,8 @@ def load_tokenizer(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     with _opened(path) as sketch, _folder(sketch) as folder:
+        if not any((folder / name).exists() for name in _TOKENIZERS):
+            raise LoadError(f"{path}: this sketch holds no tokenizer; its source had none")
         tokenizer = _from_pretrained(AutoTokenizer, folder, path, kwargs)
     tokenizer.name_or_path = str(path)
     return tokenizer  # type: ignore[no-any-return]
@@ -78,7 +90,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[SktchModel]:
     try:
         sketch = SktchModel.open(path)
     except (SketchconvError, OSError) as error:
-        raise LoadError(f"{path} is not a sketch: {error}") from error
+        raise LoadError(f"not a sketch: {error}") from error
     with sketch:
         yield sketch
 

@@ -59,8 +59,7 @@ def sketched(module: nn.Module, record: SketchRecord, dtype: torch.dtype) -> Ske
         LoadError: as for `replace_modules`.
     """
     rows, columns = record.shape
-    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    if not linear and not isinstance(module, nn.Embedding):
+    if not isinstance(module, nn.Embedding) and not has_sketched_form(module):
         raise LoadError(
             f"{record.name} is sketched, but belongs to a {type(module).__name__}; "
             "only Linear and Embedding have a sketched form"
@@ -95,11 +94,23 @@ def copy_scale(module: nn.Embedding, sketch: SketchEmbedding) -> None:
     Raises:
         LoadError: the embedding does something else of its own.
     """
-    if type(module).forward is nn.Embedding.forward:
-        return
-    rounded = getattr(module, "scalar_embed_scale", None)  # multiplied in the model's dtype
-    exact = getattr(module, "embed_scale", None)
-    scale = exact if rounded is None else rounded
-    if "Scaled" not in type(module).__name__ or not isinstance(scale, int | float):
+    if not has_sketched_form(module):
         raise LoadError(f"an embedding of type {type(module).__name__} has no sketched form")
-    sketch.scale, sketch.round_scale = float(scale), rounded is not None
+    if type(module).forward is not nn.Embedding.forward:
+        scale, sketch.round_scale = _scale(module)
+        sketch.scale = None if scale is None else float(scale)
+
+
+def has_sketched_form(module: nn.Module) -> bool:
+    """Whether a sketch module can do what this module does with its weight."""
+    if isinstance(module, nn.Embedding):
+        plain = type(module).forward is nn.Embedding.forward
+        return plain or ("Scaled" in type(module).__name__ and _scale(module)[0] is not None)
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _scale(module: nn.Embedding) -> tuple[float | None, bool]:
+    """The factor of an embedding that scales, and whether it is rounded to the model's dtype."""
+    rounded = getattr(module, "scalar_embed_scale", None)
+    scale = getattr(module, "embed_scale", None) if rounded is None else rounded
+    return (scale if isinstance(scale, int | float) else None), rounded is not None

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from sketchconv.errors import SourceError
+from sketchconv.formats.sniff import PICKLE_SUFFIXES, kind_of_head
 
-_HEAD = 64
+_HEAD = 256
 _TO_SAFETENSORS = (
     "pickles run code when loaded and are never opened; save it again with"
     " `model.save_pretrained(folder)`, or take the repository's safetensors revision"
 )
-_IMPOSTORS: tuple[tuple[bytes, str], ...] = (
-    (
-        b"version https://git-lfs",
-        "a Git LFS pointer, not the weights; run `git lfs pull`, or `hf download` the model",
-    ),
-    (b"PK\x03\x04", f"a ZIP archive, as PyTorch's pickles are; {_TO_SAFETENSORS}"),
-    (b"\x80\x02", f"a pickle; {_TO_SAFETENSORS}"),
-    (b"\x80\x03", f"a pickle; {_TO_SAFETENSORS}"),
-    (b"\x80\x04", f"a pickle; {_TO_SAFETENSORS}"),
-    (b"\x80\x05", f"a pickle; {_TO_SAFETENSORS}"),
-    (b"GGUF", "a GGUF file; give that file itself, ending in .gguf, as the source"),
-    (b"\x7fELF", "a program, not weights; download the file again"),
-    (b"%PDF", "a PDF, not weights; download the file again"),
-)
-_WEB = (b"<!doctype", b"<html", b"<?xml")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_ADVICE: Mapping[str, str] = {
+    "git-lfs": "a Git LFS pointer, not the weights; run `git lfs pull`, or `hf download` the model",
+    "zip": f"a ZIP archive, as PyTorch's pickles are; {_TO_SAFETENSORS}",
+    "pickle": f"a pickle; {_TO_SAFETENSORS}",
+    "gguf": "a GGUF file; give that file itself, ending in .gguf, as the source",
+    "elf": "a program, not weights; download the file again",
+    "pdf": "a PDF, not weights; download the file again",
+    "web": "a web page, not weights; download the file again",
+}
 
 
 def refuse_impostor(path: Path, label: str) -> None:
@@ -47,11 +42,10 @@ def refuse_impostor(path: Path, label: str) -> None:
         raise SourceError(f"{label}: the file is empty; download it again")
     if head[8:9] == b"{":
         return
-    if head.lstrip().lower().startswith(_WEB):
-        raise SourceError(f"{label}: a web page, not weights; download the file again")
-    for magic, message in _IMPOSTORS:
-        if head.startswith(magic):
-            raise SourceError(f"{label}: {message}")
+    kind = kind_of_head(head)
+    if kind is not None and kind != "json":
+        advice = _ADVICE.get(kind, f"a file of kind {kind}, not weights; download the file again")
+        raise SourceError(f"{label}: {advice}")
 
 
 def refuse_pickles(names: list[str], label: str) -> None:

@@ -169,6 +169,12 @@ def test_a_wrong_option_is_refused(llama, tmp_path, options, words):
     assert not list(tmp_path.iterdir())
 
 
+def test_empty_names_are_no_places(llama, tmp_path):
+    refused(sketchconv("convert", "", "x.sktch", cwd=tmp_path), "empty")
+    refused(sketchconv("convert", llama, "", cwd=tmp_path), "empty")
+    assert not list(tmp_path.iterdir())
+
+
 def test_places_that_must_not_be_written(fresh_llama, tmp_path):
     before = content(fresh_llama)
     for target in (fresh_llama, fresh_llama / "model.safetensors", fresh_llama / "x.sktch", "."):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -166,6 +168,42 @@ def test_a_nan_in_a_copied_parameter_is_found_whatever_the_weighting(fresh_llama
         with pytest.raises(WeightError, match=r"model\.norm\.weight: 1 values"):
             sketchconv.convert(fresh_llama, tmp_path / "x.sktch", Recipe(weighting=weighting))
     assert not (tmp_path / "x.sktch").exists()
+
+
+def test_a_nan_in_a_buffer_is_found_but_infinity_may_stay(tmp_path):
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=128, decoder_ffn_dim=128,
+        encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=100,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config)
+    for value, fails in ((torch.inf, False), (torch.nan, True)):
+        model.final_logits_bias.fill_(0)
+        model.final_logits_bias[0, 7] = value
+        source = tmp_path / f"bart-{value}"
+        model.save_pretrained(source)
+        if fails:
+            with pytest.raises(WeightError, match="final_logits_bias"):
+                sketchconv.convert(source, tmp_path / "x.sktch", force=True)
+            continue
+        # learned positions have a forward of their own: copied, also when embeddings are sketched
+        out = tmp_path / "y.sktch"
+        report = sketchconv.convert(source, out, Recipe(SketchSpec(bits=2), embed_bits=3))
+        copied = {s.name for s in report.plan.steps if s.action == "copy"}
+        assert {n for n in copied if n.endswith("embed_positions.weight")}
+        loaded = sketchconv.load(out)
+        assert torch.isinf(loaded.final_logits_bias).sum() == 1
+
+
+def test_a_name_that_is_not_unicode_still_gives_a_readable_sketch(llama, tmp_path):
+    odd = tmp_path / os.fsdecode(b"bad\xffname")
+    shutil.copytree(llama, odd)
+    sketchconv.convert(odd, tmp_path / "x.sktch")
+    with SktchModel.open(tmp_path / "x.sktch") as model:
+        assert "bad" in model.manifest.source["id"]
 
 
 def test_the_exact_solver_is_never_worse(llama, tmp_path):

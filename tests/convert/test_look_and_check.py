@@ -88,6 +88,13 @@ def test_verify_finds_nothing_wrong_also_against_the_source(sketch, llama):
     assert data["ok"] is True
 
 
+def test_verify_against_the_source_of_a_folder_in_shards(llama, tmp_path):
+    out = tmp_path / "shards"
+    sketchconv.convert(llama, out, Recipe(embed_bits=4), max_shard_size=20_000)
+    assert len(list(out.glob("*.safetensors"))) > 3
+    assert verify(out, against=str(llama)).findings == ()
+
+
 def test_verify_against_another_source_finds_every_difference(sketch, fresh_llama):
     from safetensors.torch import load_file, save_file
 

@@ -119,6 +119,7 @@ def test_equal_tied_tensors_and_absent_ones_become_aliases():
         (Recipe(SketchSpec(group_size=64)), "layers.0.down.weight"),
         (Recipe(exclude=("layer.*",)), "'layer.*' names no tensor"),
         (Recipe(overrides=(Override("x", bits=2),)), "'x' names no tensor"),
+        (Recipe(exclude=("*",)), "nothing would be sketched"),
         (Recipe(SketchSpec(bits=8, groups=8)), "0 of 12,288 linear parameters"),
     ],
 )
