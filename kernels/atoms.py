@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sketchconv.kernels.jit import inner
-from sketchconv.kernels.partition import cube_root
+from sketchconv.kernels.partition import near_cube_root
 
 DIGITS = 256
 CAPPINGS = 4
@@ -22,8 +22,7 @@ def sort_keys(bits: Any, keys: Any, spare: Any, counts: Any) -> None:
     """Fill ``keys[:n]`` with (ordered value, column) in 64-bit words, ascending.
 
     `bits` are the float32 bit patterns as uint32; `spare` ``[n]`` and `counts` int64 ``[4, 256]``
-    are scratch. Least significant digit first, so equal values
-    keep their column order.
+    are scratch. Least significant digit first, so equal values keep their column order.
     """
     n = bits.size
     sign = np.uint32(0x80000000)
@@ -122,7 +121,7 @@ def atom_density(values: Any, p0: Any, p1: Any, cells: int, density: Any, places
     for b in range(blocks):
         begin, end = places[b], places[b + 1]
         width = (values[min(end, n - 1)] - values[begin]) * unit
-        density[b] = cube_root((p0[end] - p0[begin]) * width * width)
+        density[b] = near_cube_root((p0[end] - p0[begin]) * width * width)
         total += density[b]
     for _ in range(CAPPINGS if n > cells else 0):
         cell = total / cells

@@ -4,23 +4,17 @@ For the matrix-vector product a block of 128 columns (64 at 8 bits) of a plane i
 little-endian words, one per lane: slot t of lane l holds column `slots * l + t` of the block. So it
 is the activation that is permuted, once per call (see `gemv.py`), and never the weights. For
 decoding, 16 neighbouring columns are spread over the lanes in their natural order.
-
-`EDITION` goes into every kernel as a constant: Numba's cache on disk notices an edit of the file
-of a kernel, not of the files that it imports, and the constant is part of the cache's key.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sketchconv.kernels import avx512_ir
 from sketchconv.kernels.avx512_ir import (
     I32,
     I64,
@@ -45,7 +39,6 @@ from sketchconv.kernels.avx512_ir import (
 )
 from sketchconv.kernels.planes import fields
 
-EDITION = crc32(Path(__file__).read_bytes() + Path(avx512_ir.__file__).read_bytes())
 PREFETCH_BYTES = 4096  # ahead of the reads: doubled the speed of layers that come from DRAM
 
 
@@ -148,12 +141,15 @@ def _natural_codes(b: Any, width: int, address: Any, left: Any | None) -> Any:
 
 
 def _store_values(b: Any, value: Any, address: Any, out: str, left: Any | None) -> None:
-    """Store 16 float32, as they are or rounded to bfloat16 (nearest, ties to even)."""
+    """Store 16 float32, as they are or rounded to bfloat16 as `entries.round_bf16` does."""
     if out == "BF16":
         word = b.bitcast(value, VI32)
-        odd = b.and_(b.lshr(word, splat(16)), splat(1))
-        word = b.lshr(b.add(b.add(word, splat(0x7FFF)), odd), splat(16))
-        value = b.trunc(word, ir.VectorType(ir.IntType(16), LANES))
+        high = b.lshr(word, splat(16))
+        odd = b.and_(high, splat(1))
+        rounded = b.lshr(b.add(b.add(word, splat(0x7FFF)), odd), splat(16))
+        nan = b.icmp_unsigned(">", b.and_(word, splat(0x7FFFFFFF)), splat(0x7F800000))
+        rounded = b.select(nan, b.or_(high, splat(0x40)), rounded)
+        value = b.trunc(rounded, ir.VectorType(ir.IntType(16), LANES))
     if left is None:
         b.store(value, pointer(b, address, value.type), align=1)
         return
@@ -191,7 +187,6 @@ def _row_dots(
     bits: Any,
     lut: Any,
     tokens: Any,
-    edition: Any,
     index: Any,
     tables: Any,
     x: Any,
@@ -209,9 +204,9 @@ def _row_dots(
     result = tuple_type(types.float32, static[2])
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.make_tuple(builder, result, _emit_row(builder, *static, list(args[4:])))
+        return context.make_tuple(builder, result, _emit_row(builder, *static, list(args[3:])))
 
-    return result(bits, lut, tokens, edition, *[types.int64] * 6), codegen
+    return result(bits, lut, tokens, *[types.int64] * 6), codegen
 
 
 def _decode_group(
@@ -219,7 +214,6 @@ def _decode_group(
     bits: Any,
     lut: Any,
     out: Any,
-    edition: Any,
     index: Any,
     tables: Any,
     target: Any,
@@ -229,10 +223,10 @@ def _decode_group(
     static = (bits.literal_value, lut.literal_value, out.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _emit_decode(builder, *static, list(args[4:]))
+        _emit_decode(builder, *static, list(args[3:]))
         return context.get_dummy_value()
 
-    return types.void(bits, lut, out, edition, *[types.int64] * 4), codegen
+    return types.void(bits, lut, out, *[types.int64] * 4), codegen
 
 
 row_dots: Any = intrinsic(prefer_literal=True)(_row_dots)

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from sketchconv.kernels.entries import BF16, F16
 from sketchconv.kernels.jit import inner
 from sketchconv.kernels.sweeps import LANES, TOGETHER, count_eight, search_fifteen, square_sums
-
-F16, BF16, F32 = 0, 1, 2
 
 
 @inner
@@ -34,8 +33,9 @@ def round_entries(entries: Any, kind: int, cast: Any, words: Any) -> None:
             size = abs(cast[i])
             if size < np.float32(6.103515625e-05):
                 # Below the smallest normal half, 0.5's last place is the half's last place.
-                small = np.float32(size + np.float32(0.5)) - np.float32(0.5)
-                cast[i] = small if cast[i] > 0 else -small
+                sign = words[i] & np.uint32(0x80000000)
+                cast[i] = np.float32(size + np.float32(0.5)) - np.float32(0.5)
+                words[i] = np.uint32(words[i] | sign)  # zero has one too
             else:
                 words[i] = _round_bits(words[i], np.uint32(13))
                 if abs(cast[i]) > np.float32(65504.0):

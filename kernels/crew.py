@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 
 
@@ -24,7 +24,9 @@ if hasattr(os, "register_at_fork"):
 def share(kernel: Callable[[int, int], object], rows: int, threads: int) -> None:
     """Call ``kernel(begin, end)`` on `threads` even spans of ``range(rows)`` at the same time.
 
-    `kernel` must release the GIL and write only to what belongs to its rows.
+    `kernel` must release the GIL and write only to what belongs to its rows. No span runs on after
+    this returns or raises, an interrupt included; since a second interrupt can end even that wait,
+    `kernel` must also hold the arrays to which it has only addresses.
     """
     threads = min(threads, rows)
     if threads <= 1:
@@ -32,7 +34,13 @@ def share(kernel: Callable[[int, int], object], rows: int, threads: int) -> None
         return
     edges = [rows * i // threads for i in range(threads + 1)]
     pool = _pool(threads - 1)
-    spans = [pool.submit(kernel, edges[i], edges[i + 1]) for i in range(1, threads)]
-    kernel(edges[0], edges[1])
-    for span in spans:
-        span.result()
+    spans: list[Future[object]] = []
+    try:
+        for i in range(1, threads):
+            spans.append(pool.submit(kernel, edges[i], edges[i + 1]))
+        kernel(edges[0], edges[1])
+        for span in spans:
+            span.result()
+    except BaseException:
+        wait(spans)
+        raise

@@ -26,7 +26,11 @@ def _run(matrix: Packed, out: Tensor, begin: int, ids: Tensor | None, kernel: st
         matrix.group_columns,
     )
     threads = torch.get_num_threads() if out.numel() >= PARALLEL_WEIGHTS else 1
-    share(lambda first, last: run(first, last, *args), out.shape[0], threads)
+
+    def span(first: int, last: int, _held: object = (matrix, ids, out)) -> None:
+        run(first, last, *args)
+
+    share(span, out.shape[0], threads)
 
 
 def decode_into(matrix: Packed, out: Tensor, begin: int = 0, kernel: str | None = None) -> None:

@@ -75,7 +75,11 @@ def multiply(matrix: Packed, x: Tensor, kernel: str | None = None) -> Tensor:
     if matrix.rows * matrix.columns < PARALLEL_WEIGHTS:
         run(0, matrix.rows, *args)
     else:
-        share(lambda begin, end: run(begin, end, *args), matrix.rows, torch.get_num_threads())
+
+        def span(begin: int, end: int, _held: object = (matrix, x, y)) -> None:
+            run(begin, end, *args)
+
+        share(span, matrix.rows, torch.get_num_threads())
     return y
 
 
@@ -92,8 +96,3 @@ def _multiply_tiles(matrix: Packed, x: Tensor, kernel: str | None) -> Tensor:
         decode_into(matrix, weight, begin, kernel)
         y[..., begin:end] = torch.nn.functional.linear(x, weight)
     return y
-
-
-def sketch_linear(x: Tensor, index: Tensor, lut: Tensor, kernel: str | None = None) -> Tensor:
-    """`x @ W.T` of one sketch given by its tensors; see `multiply` and `Packed`."""
-    return multiply(Packed.of(index, lut, x.shape[-1]), x, kernel)

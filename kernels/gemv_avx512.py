@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sketchconv.kernels.avx512 import EDITION, decode_group, row_dots
+from sketchconv.kernels.avx512 import decode_group, row_dots
 from sketchconv.kernels.avx512_ir import LANES, slots
+from sketchconv.kernels.entries import round_bf16
 from sketchconv.kernels.jit import jit
 from sketchconv.kernels.planes import fields
 from sketchconv.kernels.pointers import carray, pointer_to
@@ -45,12 +46,7 @@ def _permute(x: int, half: bool, tokens: int, groups: int, columns: int, deep: i
 @jit
 def _put(y: int, at: int, value: Any, half: bool) -> None:
     if half:
-        word = np.float32(value).view(np.uint32)
-        odd = (word >> np.uint32(16)) & np.uint32(1)
-        rounded = (word + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-        if word & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):  # NaN stays NaN
-            rounded = (word >> np.uint32(16)) | np.uint32(0x40)
-        carray(pointer_to(y + 2 * at, np.uint16), (1,))[0] = np.uint16(rounded)
+        carray(pointer_to(y + 2 * at, np.uint16), (1,))[0] = round_bf16(value)
     else:
         carray(pointer_to(y + 4 * at, np.float32), (1,))[0] = value
 
@@ -58,7 +54,7 @@ def _put(y: int, at: int, value: Any, half: bool) -> None:
 @cache
 def multiply_kernel(bits: int, lut: str) -> Any:
     """Kernel of `y = x @ W.T`; its arguments are listed at `dispatch.Multiply`."""
-    edition, deep = EDITION, slots(bits)
+    deep = slots(bits)
     lut_bytes = 2**bits * (4 if lut == "F32" else 2)
     widths = fields(bits)
 
@@ -86,12 +82,12 @@ def multiply_kernel(bits: int, lut: str) -> Any:
             luts = tables + row * groups * lut_bytes
             for token in range(0, tokens - 1, 2):
                 at = activations.ctypes.data + token * stride
-                two = row_dots(bits, lut, 2, edition, codes, luts, at, stride, groups, columns)
+                two = row_dots(bits, lut, 2, codes, luts, at, stride, groups, columns)
                 _put(y, token * rows + row, two[0], half)
                 _put(y, (token + 1) * rows + row, two[1], half)
             if tokens % 2:
                 at = activations.ctypes.data + (tokens - 1) * stride
-                one = row_dots(bits, lut, 1, edition, codes, luts, at, stride, groups, columns)
+                one = row_dots(bits, lut, 1, codes, luts, at, stride, groups, columns)
                 _put(y, (tokens - 1) * rows + row, one[0], half)
 
     return multiply
@@ -100,7 +96,7 @@ def multiply_kernel(bits: int, lut: str) -> Any:
 @cache
 def decode_kernel(bits: int, lut: str, out: str) -> Any:
     """Kernel that writes rows of W as `out` ("F32" or "BF16"); see `dispatch.Decode`."""
-    edition, size = EDITION, 2 if out == "BF16" else 4
+    size = 2 if out == "BF16" else 4
     lut_bytes = 2**bits * (4 if lut == "F32" else 2)
     widths = fields(bits)
 
@@ -125,6 +121,6 @@ def decode_kernel(bits: int, lut: str, out: str) -> Any:
                 at = target + (number * groups + group) * columns * size
                 codes = index + source * group_bytes
                 luts = tables + source * lut_bytes
-                decode_group(bits, lut, out, edition, codes, luts, at, columns)
+                decode_group(bits, lut, out, codes, luts, at, columns)
 
     return decode

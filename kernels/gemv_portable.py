@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from sketchconv.kernels.entries import BF16, F32, KINDS, round_bf16
 from sketchconv.kernels.jit import jit
 from sketchconv.kernels.pointers import carray, pointer_to
 
-KINDS = {"F16": 0, "BF16": 1, "F32": 2}
 SUM_LANES = 8
 
 
@@ -23,8 +23,9 @@ def _half_bits(half: Any) -> Any:
     """Float32 bits of a float16 given by its bits."""
     sign = np.uint32(half & 0x8000) << np.uint32(16)
     magnitude = np.uint32(half & 0x7FFF)
-    if magnitude >= 0x7C00:  # infinity or NaN
-        return np.uint32(sign | np.uint32(0x7F800000) | (magnitude << np.uint32(13)))
+    if magnitude >= 0x7C00:  # infinity or NaN, which becomes quiet as in every CPU's conversion
+        quiet = np.uint32(0x00400000) if magnitude > 0x7C00 else np.uint32(0)
+        return np.uint32(sign | np.uint32(0x7F800000) | (magnitude << np.uint32(13)) | quiet)
     if magnitude < 0x0400:  # zero or subnormal: a multiple of 2**-24
         value = np.float32(magnitude) * np.float32(2.0**-24)
         return np.uint32(sign | np.float32(value).view(np.uint32))
@@ -35,13 +36,13 @@ def _half_bits(half: Any) -> Any:
 def _load_table(kind: int, tables: int, first: int, table: Any) -> None:
     """Convert `table.size` LUT entries from entry `first` on to float32."""
     words = table.view(np.uint32)
-    if kind == 2:
+    if kind == F32:
         raw32 = carray(pointer_to(tables + 4 * first, np.uint32), (table.size,))
         words[:] = raw32
         return
     raw16 = carray(pointer_to(tables + 2 * first, np.uint16), (table.size,))
     for i in range(table.size):
-        words[i] = np.uint32(raw16[i]) << np.uint32(16) if kind == 1 else _half_bits(raw16[i])
+        words[i] = np.uint32(raw16[i]) << np.uint32(16) if kind == BF16 else _half_bits(raw16[i])
 
 
 @jit
@@ -82,16 +83,6 @@ def _decode_row(
         _group_codes(bits, index + number * size, codes, columns)
         for column in range(columns):
             out[group * columns + column] = table[codes[column]]
-
-
-@jit
-def _round_bf16(value: Any) -> Any:
-    """Bits of the nearest bfloat16, ties to even."""
-    word = np.float32(value).view(np.uint32)
-    if word & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
-        return np.uint16((word >> np.uint32(16)) | np.uint32(0x40))
-    odd = (word >> np.uint32(16)) & np.uint32(1)
-    return np.uint16((word + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
 @jit
@@ -148,7 +139,7 @@ def _multiply(
         for token in range(tokens):
             total = _dot(weights, values[token * weights.size : (token + 1) * weights.size])
             if half:
-                short[token * rows + row] = _round_bf16(total)
+                short[token * rows + row] = round_bf16(total)
             else:
                 full[token * rows + row] = total
 
@@ -175,7 +166,7 @@ def _decode(
         if half:
             short = carray(pointer_to(out + 2 * number * weights.size, np.uint16), weights.shape)
             for column in range(weights.size):
-                short[column] = _round_bf16(weights[column])
+                short[column] = round_bf16(weights[column])
         else:
             carray(pointer_to(out + 4 * number * weights.size, np.float32), weights.shape)[:] = (
                 weights

@@ -20,13 +20,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @cache
-def _sources_digest() -> str:
-    """Digest of the modules of this package that take part in compiled kernels."""
+def sources_digest(folder: Path) -> str:
+    """Digest of every module in `folder`: any of them may hold a constant frozen into a kernel."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(folder.glob("*.py")):
         text = path.read_bytes()
-        if b"sketchconv.kernels.jit" in text or b"llvmlite" in text:
-            digest.update(text)
+        digest.update(f"{path.name} {len(text)} ".encode() + text)
     return digest.hexdigest()[:12]
 
 
@@ -35,10 +34,12 @@ def jit(function: F) -> F:
 
     Numba's cache looks only at the file of the function that is called, and would miss an edit in
     a module whose functions are compiled into it; so the name under which the code is kept carries
-    a digest of all sources. Where no cache folder can be written (a read-only installation without
-    a home) the code is compiled again in each process.
+    a digest of all sources. Numba fixes that name here, at decoration, so the sources are read when
+    the first kernel is imported: about a millisecond, beside seconds for Numba itself. Where no
+    cache folder can be written (a read-only installation without a home) the code is compiled
+    again in each process.
     """
-    function.__qualname__ = f"{function.__qualname__}_{_sources_digest()}"
+    function.__qualname__ = f"{function.__qualname__}_{sources_digest(Path(__file__).parent)}"
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     compiled: Any
     try:

@@ -41,8 +41,12 @@ def make_room(k: int) -> Room:
 
 
 @inner
-def cube_root(x: Any) -> Any:
-    """x^(21/64), for x^(1/3): square roots round alike on every machine, library roots do not."""
+def near_cube_root(x: Any) -> Any:
+    """x^(21/64), for x^(1/3): products of square roots, which round alike on every machine.
+
+    The cube root of a mathematical library does not; and it only spaces candidates, for which an
+    exponent 1.6 % off is as good.
+    """
     fourth = np.sqrt(np.sqrt(x))
     sixteenth = np.sqrt(np.sqrt(fourth))
     return fourth * sixteenth * np.sqrt(np.sqrt(sixteenth))

@@ -48,11 +48,16 @@ def multiply(x: Tensor, index: Tensor, lut: Tensor) -> Tensor:
 
 
 def grad_input(grad: Tensor, index: Tensor, lut: Tensor, columns: int) -> Tensor:
-    """`grad @ W` by tiles: ``[..., rows]`` to ``[..., columns]``, summed in float32 at least."""
-    total = grad.new_zeros((*grad.shape[:-1], columns), dtype=_sum_dtype(grad.dtype))
+    """`grad @ W` by tiles: ``[..., rows]`` to ``[..., columns]``, summed in float32 at least.
+
+    Tiles are widened before they are multiplied: a product rounded to bfloat16 before it is added
+    would lose what the sum keeps.
+    """
+    dtype = _sum_dtype(grad.dtype)
+    total = grad.new_zeros((*grad.shape[:-1], columns), dtype=dtype)
     for begin in range(0, lut.shape[0], TILE_ROWS):
         tile = slice(begin, begin + TILE_ROWS)
-        total += grad[..., tile] @ decode(index[tile], lut[tile], columns, grad.dtype)
+        total += grad[..., tile].to(dtype) @ decode(index[tile], lut[tile], columns, dtype)
     return total.to(grad.dtype)
 
 
@@ -66,15 +71,15 @@ def grad_lut(grad: Tensor, x: Tensor, index: Tensor, lut: Tensor) -> Tensor:
         lut: ``[rows, groups, 2**bits]``.
 
     Returns:
-        float32 (float64 for float64 input) of the LUT's shape; only a tile of the dense gradient
-        exists at any time.
+        float32 (float64 for float64 input) of the LUT's shape, from sums of that dtype; only a tile
+        of the dense gradient exists at any time.
     """
     dtype = _sum_dtype(x.dtype)
+    wide = x.to(dtype)
     total = torch.zeros(lut.shape, dtype=dtype, device=lut.device)
     for begin in range(0, lut.shape[0], TILE_ROWS):
         tile = slice(begin, begin + TILE_ROWS)
-        dense = (grad[:, tile].T @ x).to(dtype)
-        add_by_code(total[tile], index[tile], dense)
+        add_by_code(total[tile], index[tile], grad[:, tile].to(dtype).T @ wide)
     return total
 
 

@@ -67,54 +67,21 @@ def _pack_plane(source: Any, target: Any, width: int, shift: Any) -> None:
         target[whole] = value
 
 
-@jit
-def _unpack_span(packed: Any, codes: Any, begin: int, end: int, bits: int) -> None:
-    groups = packed.shape[1]
-    count = codes.shape[1] // groups
-    for row in range(begin, end):
-        for group in range(groups):
-            target = codes[row, group * count : (group + 1) * count]
-            target[:] = 0
-            shift = np.uint8(0)
-            base = 0
-            for width in (8, 4, 2, 1):
-                if bits & width:
-                    size = (count * width + 7) // 8
-                    _unpack_plane(packed[row, group, base : base + size], target, width, shift)
-                    base += size
-                    shift = np.uint8(shift + width)
-
-
-@inner
-def _unpack_plane(source: Any, target: Any, width: int, shift: Any) -> None:
-    per_byte = 8 // width
-    mask = np.uint8((1 << width) - 1)
-    whole = target.size // per_byte
-    for byte in range(whole):
-        value = source[byte]
-        part = target[byte * per_byte : (byte + 1) * per_byte]
-        for slot in range(per_byte):
-            part[slot] |= np.uint8(((value >> np.uint8(slot * width)) & mask) << shift)
-    if whole < source.size:
-        value = source[whole]
-        part = target[whole * per_byte :]
-        for slot in range(part.size):
-            part[slot] |= np.uint8(((value >> np.uint8(slot * width)) & mask) << shift)
-
-
-def pack_rows(indices: U8, bits: int, groups: int) -> U8:
+def pack_rows(indices: U8, bits: int, groups: int, *, threads: int | None = None) -> U8:
     """Pack index rows.
 
     Args:
         indices: uint8 ``[rows, columns]``, each below ``2**bits``.
         bits: 1 to 8.
         groups: groups per row; must divide the columns.
+        threads: None means every core that the process may use; no result depends on it.
 
     Returns:
         uint8 ``[rows, groups, packed_size(columns // groups, bits)]``.
 
     Raises:
-        ValueError: bits out of range, groups that do not divide, or an index of too many bits.
+        ValueError: `bits` or `threads` out of range, groups that do not divide, or an index of
+            too many bits.
     """
     rows, columns = indices.shape
     if groups < 1 or columns % groups:
@@ -123,21 +90,5 @@ def pack_rows(indices: U8, bits: int, groups: int) -> U8:
         raise ValueError(f"index {int(indices.max())} does not fit {bits} bits")
     packed = np.empty((rows, groups, packed_size(columns // groups, bits)), np.uint8)
     codes = np.ascontiguousarray(indices)
-    for_spans(lambda b, e: _pack_span(codes, packed, b, e, bits), rows, codes.size)
+    for_spans(lambda b, e: _pack_span(codes, packed, b, e, bits), rows, codes.size, threads)
     return packed
-
-
-def unpack_rows(packed: U8, bits: int, columns: int) -> U8:
-    """Undo `pack_rows`: uint8 ``[rows, groups, bytes]`` to uint8 ``[rows, columns]``.
-
-    Padding bits are ignored. Raises ValueError where the sizes do not fit together.
-    """
-    rows, groups, size = packed.shape
-    if groups < 1 or columns % groups or size != packed_size(columns // groups, bits):
-        raise ValueError(
-            f"{groups} groups of {size} bytes cannot hold {columns} columns of {bits} bits"
-        )
-    codes = np.empty((rows, columns), np.uint8)
-    source = np.ascontiguousarray(packed)
-    for_spans(lambda b, e: _unpack_span(source, codes, b, e, bits), rows, codes.size)
-    return codes

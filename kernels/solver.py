@@ -155,6 +155,15 @@ def _solve_atoms(x: Any, words: Any, mass: Any, weighted: bool, exact: bool, s: 
     atom_means(values, masses, s.bounds, s.entries)
 
 
+@inner
+def _all_finite(words: Any) -> Any:
+    """Whether no bit pattern of `words` is NaN or infinite."""
+    largest = np.uint32(0)
+    for i in range(words.size):
+        largest = max(largest, np.uint32(words[i] & np.uint32(0x7FFFFFFF)))
+    return largest < np.uint32(0x7F800000)
+
+
 @jit
 def solve_span(
     weight: Any,
@@ -175,7 +184,8 @@ def solve_span(
     """Solve the rows from `begin` to `end`; `words` is the uint32 view of `weight`.
 
     `mass` is float32 ``[groups, columns / groups]`` with mean 1 per group, `uneven` a flag per
-    group; `luts` float32 ``[rows, groups, k]`` receives the rounded entries.
+    group; `luts` float32 ``[rows, groups, k]`` receives the rounded entries. A group that is not
+    finite is left out, and the `norm` of its row becomes NaN.
     """
     groups, k = luts.shape[1], luts.shape[2]
     size = weight.shape[1] // groups
@@ -187,6 +197,9 @@ def solve_span(
         for group in range(groups):
             first, last = group * size, (group + 1) * size
             x, code = weight[row, first:last], codes[row, first:last]
+            if not _all_finite(words[row, first:last]):
+                norm[row] = np.nan
+                continue
             by_bins = binned and _solve_bins(x, mass[group], weighted, uneven[group], scratch)
             if not by_bins:
                 _solve_atoms(x, words[row, first:last], mass[group], weighted, exact, scratch)

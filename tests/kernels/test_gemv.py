@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from sketchconv.formats.tensors import f32_to_bf16
 from sketchconv.kernels import dequantize, dispatch, gemv, reference_linear
 from sketchconv.kernels.packed import Packed
 from sketchconv.kernels.planes import pack_rows, packed_size
@@ -97,6 +99,54 @@ def test_every_lut_dtype_is_exact(kernel, lut, bits):
     matrix.lut.view(-1)[: len(extreme)] = torch.tensor(extreme, dtype=LUTS[lut])
     decoded = dequantize.decode(matrix, kernel=kernel)
     assert np.array_equal(decoded.numpy().view(np.uint32), dense(matrix).view(np.uint32))
+
+
+EXTREMES = {
+    "F16": (np.uint16, (0x7FFF, 0xFE01, 0x7C01, 0x7C00, 0xFC00, 0x7BFF)),
+    "BF16": (np.uint16, (0x7FFF, 0xFFC1, 0x7F81, 0x7F80, 0xFF80, 0x7F7F)),
+    "F32": (np.uint32, (0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000, 0x7F7FFFFF)),
+}
+
+
+@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("lut", LUTS)
+@pytest.mark.parametrize("bits", [3, 8])
+def test_nan_and_infinity_stay_what_they_are(kernel, lut, bits):
+    """No file may hold them, but no kernel makes numbers of them; the last one rounds up."""
+    _, matrix = make(bits, 4, 2, 150, lut)
+    carried, patterns = EXTREMES[lut]
+    words = torch.from_numpy(np.array(patterns * 2, carried)).view(LUTS[lut])
+    matrix.lut.view(-1)[: words.numel()] = words
+    expected = dense(matrix).copy()
+    if lut == "F16":  # conversion in hardware makes NaN quiet, NumPy's may not
+        expected.view(np.uint32)[np.isnan(expected)] |= np.uint32(0x00400000)
+    decoded = dequantize.decode(matrix, kernel=kernel)
+    assert np.isnan(expected).any()
+    assert np.array_equal(decoded.numpy().view(np.uint32), expected.view(np.uint32))
+    rounded = dequantize.decode(matrix, torch.bfloat16, kernel=kernel)
+    assert np.array_equal(rounded.view(torch.uint16).numpy(), f32_to_bf16(expected))
+    x = torch.ones(1, 150)
+    for dtype in (torch.float32, torch.bfloat16):
+        y = gemv.multiply(matrix, x.to(dtype), kernel).float().numpy()
+        with np.errstate(invalid="ignore", over="ignore"):
+            exact = expected.astype(np.float64).sum(1)
+        assert np.array_equal(np.isnan(y[0]), np.isnan(exact))
+
+
+def test_threads_hold_the_arrays_to_which_they_have_addresses(monkeypatch):
+    """Else an interrupted caller would free them under the threads that still write."""
+    _, matrix = make(4, 8, 1, 64)
+    held = []
+    for module in (gemv, dequantize):
+        monkeypatch.setattr(module, "PARALLEL_WEIGHTS", 1)
+        monkeypatch.setattr(module, "share", lambda kernel, *_: held.append(kernel))
+    y = gemv.multiply(matrix, torch.ones(1, 64))
+    out = torch.empty(8, 64)
+    dequantize.decode_into(matrix, out)
+    watched = [weakref.ref(y), weakref.ref(out), weakref.ref(matrix.index)]
+    del y, out, matrix
+    assert len(held) == 2
+    assert all(watch() is not None for watch in watched)
 
 
 @pytest.mark.parametrize("kernel", [AVX512, "portable"])
@@ -224,8 +274,9 @@ def test_a_generic_cpu_runs_the_portable_path(tmp_path):
     code = """
 import torch
 from sketchconv.kernels import gemv, dispatch
+from sketchconv.kernels.packed import Packed
 x, index = torch.ones(1, 8), torch.full((1, 1, 4), 0x21, dtype=torch.uint8)
-y = gemv.sketch_linear(x, index, torch.arange(16.0).view(1, 1, 16))
+y = gemv.multiply(Packed.of(index, torch.arange(16.0).view(1, 1, 16), 8), x)
 print(dispatch.choose().name, y.item(), dispatch.choose().rejected[0].reason)
 """
     cache = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sketchconv.formats import tensors
 from sketchconv.kernels import cpu
 
 
@@ -69,3 +70,4 @@ def test_bf16_widens_every_pattern_exactly():
     wide = cpu.bf16_to_f32(every)
     assert wide.shape == every.shape
     np.testing.assert_array_equal(wide.view(np.uint32), every.astype(np.uint32) << 16)
+    assert wide.tobytes() == tensors.bf16_to_f32(every).tobytes()
