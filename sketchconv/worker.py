@@ -162,7 +162,8 @@ class Worker:
                 f"{error.lut_dtype} LUT; choose --lut-dtype BF16 or F32"
             ) from None
         self.solve_seconds += time.perf_counter() - started
-        self.writer.append(record.index_name, pack_rows(solved.indices, record.bits, record.groups))
+        packed = pack_rows(solved.indices, record.bits, record.groups, threads=self.threads)
+        self.writer.append(record.index_name, packed)
         self.writer.append(record.lut_name, solved.lut)
         self._tally.squared_error += solved.squared_error.tolist()
         self._tally.squared_norm += solved.squared_norm.tolist()
