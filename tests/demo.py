@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def main() -> None:
 
 def sketchconv(*arguments: object) -> None:
     """Show a command as the user would type it, and run it."""
-    words = [str(argument) for argument in arguments]
+    words = [os.path.relpath(a) if isinstance(a, Path) else str(a) for a in arguments]
     shown = " ".join(f'"{word}"' if " " in word else word for word in words)
     print(f"\n$ sketchconv {shown}", flush=True)
     subprocess.run([sys.executable, "-P", "-m", "sketchconv", *words], check=True)
