@@ -42,6 +42,9 @@ class Verification:
         verdict = "FAILED" if self.findings else "OK"
         count = len(self.findings)
         yield f"{verdict} {self.path}: {count} finding{'' if count == 1 else 's'}"
+        if not self.tensors:
+            yield "stopped at the header or the document: no tensor was checked"
+            return
         yield f"checked {self.tensors} tensors, {self.nbytes:,} bytes, and every rule of the format"
         if self.against is not None:
             error = "none" if self.relative_error is None else f"{self.relative_error:.5f}"

@@ -152,6 +152,15 @@ def test_verify_fails_on_a_flipped_byte(sketch, tmp_path):
         data[place] ^= 1
 
 
+def test_verify_says_when_it_could_not_check_the_tensors(tmp_path):
+    other = tmp_path / "notes.sktch"
+    other.write_text("not a sketch at all, only a few words")
+    done = run("verify", other)
+    assert done.returncode == 1
+    assert "no tensor was checked" in done.stdout
+    assert "every rule" not in done.stdout
+
+
 def test_verify_of_nothing_is_an_error(tmp_path):
     with pytest.raises(SketchconvError, match="no such file"):
         verify(tmp_path / "none.sktch")
