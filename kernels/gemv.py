@@ -83,6 +83,11 @@ def multiply(matrix: Packed, x: Tensor, kernel: str | None = None) -> Tensor:
     return y
 
 
+def multiply_group(matrices: tuple[Packed, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """`multiply` of one `x` with several matrices, as q, k and v or gate and up have it."""
+    return tuple(multiply(matrix, x) for matrix in matrices)
+
+
 def _multiply_tiles(matrix: Packed, x: Tensor, kernel: str | None) -> Tensor:
     dtype = x.dtype
     if dtype is not torch.bfloat16 or not _fast_bf16():

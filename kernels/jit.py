@@ -21,9 +21,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @cache
 def sources_digest(folder: Path) -> str:
-    """Digest of every module in `folder`: any of them may hold a constant frozen into a kernel."""
+    """Digest of every module in `folder`: any of them may hold a constant frozen into a kernel.
+
+    The kernels below `gpu` are not compiled here.
+    """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted((*folder.glob("*.py"), *folder.glob("decoder/*.py"))):
         text = path.read_bytes()
         digest.update(f"{path.name} {len(text)} ".encode() + text)
     return digest.hexdigest()[:12]
