@@ -15,10 +15,12 @@ from sketchconv.kernels.planes import fields
 
 LANES = 16
 F32 = ir.FloatType()
+I8 = ir.IntType(8)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 VF32 = ir.VectorType(F32, LANES)
 VI32 = ir.VectorType(I32, LANES)
+V8 = ir.VectorType(I8, 64)
 
 
 def slots(bits: int) -> int:
@@ -54,7 +56,7 @@ def load(b: Any, address: Any, kind: ir.Type) -> Any:
     return b.load(pointer(b, address, kind), align=1)
 
 
-def _to_float32(b: Any, raw: Any, lut: str) -> Any:
+def to_float32(b: Any, raw: Any, lut: str) -> Any:
     """Lanes of a LUT's 16-bit or 32-bit carrier as float32 lanes."""
     lanes = raw.type.count
     floats = ir.VectorType(F32, lanes)
@@ -67,6 +69,22 @@ def _to_float32(b: Any, raw: Any, lut: str) -> Any:
     return b.bitcast(b.shl(b.zext(raw, wide), shift), floats)
 
 
+def prefetch(b: Any, address: Any) -> None:
+    """Bring the line of `address` into the cache; it need not be in any array."""
+    args = [pointer(b, address, I8), I32(0), I32(3), I32(1)]
+    call(b, "llvm.prefetch.p0", ir.VoidType(), args)
+
+
+def load_byte_tables(b: Any, address: Any, bits: int) -> list[Any]:
+    """The low bytes of a LUT of 64 or more 16-bit entries, then the high ones, 64 a register."""
+    pairs = [
+        [load(b, b.add(address, I64(first + half)), V8) for half in (0, 64)]
+        for first in range(0, 2 << bits, 128)
+    ]
+    orders = [ir.Constant(ir.VectorType(I32, 64), list(range(side, 128, 2))) for side in (0, 1)]
+    return [b.shuffle_vector(*pair, order) for order in orders for pair in pairs]
+
+
 def load_tables(b: Any, address: Any, bits: int, lut: str) -> list[Any]:
     """The LUT of one group in registers of 16 float32; short LUTs are repeated to 16 entries."""
     size = 4 if lut == "F32" else 2
@@ -76,7 +94,7 @@ def load_tables(b: Any, address: Any, bits: int, lut: str) -> list[Any]:
     tables = []
     for first in range(0, entries, LANES):
         raw = load(b, b.add(address, I64(first * size)), raw_type)
-        tables.append(_to_float32(b, raw, lut))
+        tables.append(to_float32(b, raw, lut))
     if lanes < LANES:
         order = ir.Constant(VI32, [i % lanes for i in range(LANES)])
         tables = [b.shuffle_vector(tables[0], ir.Constant(tables[0].type, ir.Undefined), order)]

@@ -104,7 +104,10 @@ def why_not_avx512() -> str | None:
 def _avx512() -> dict[str, Any]:
     from sketchconv.kernels import gemv_avx512 as kernels
 
-    return {"multiply": kernels.multiply_kernel, "decode": kernels.decode_kernel}
+    return {
+        "multiply": lambda bits, lut: kernels.multiply_kernel(bits, lut, True),
+        "decode": kernels.decode_kernel,
+    }
 
 
 def _portable() -> dict[str, Any]:
