@@ -36,7 +36,6 @@ from sketchconv.kernels.avx512_ir import (
     plane_starts,
     pointer,
     prefetch,
-    splat,
     sum_lanes,
 )
 from sketchconv.kernels.avx512_order import padded
@@ -143,25 +142,16 @@ def _natural_codes(b: Any, width: int, address: Any, left: Any | None) -> Any:
     return b.lshr(spread, ir.Constant(VI32, [i * width % 8 for i in range(LANES)]))
 
 
-def _store_values(b: Any, value: Any, address: Any, out: str, left: Any | None) -> None:
-    """Store 16 float32, as they are or rounded to bfloat16 as `entries.round_bf16` does."""
-    if out == "BF16":
-        word = b.bitcast(value, VI32)
-        high = b.lshr(word, splat(16))
-        odd = b.and_(high, splat(1))
-        rounded = b.lshr(b.add(b.add(word, splat(0x7FFF)), odd), splat(16))
-        nan = b.icmp_unsigned(">", b.and_(word, splat(0x7FFFFFFF)), splat(0x7F800000))
-        rounded = b.select(nan, b.or_(high, splat(0x40)), rounded)
-        value = b.trunc(rounded, ir.VectorType(ir.IntType(16), LANES))
+def _store_values(b: Any, value: Any, address: Any, left: Any | None) -> None:
+    """Store 16 float32."""
     if left is None:
         b.store(value, pointer(b, address, value.type), align=1)
         return
-    mask = keep_bytes(b, left, LANES)
-    name = "llvm.masked.store.v16i16.p0" if out == "BF16" else "llvm.masked.store.v16f32.p0"
-    call(b, name, ir.VoidType(), [value, pointer(b, address, value.type), I32(1), mask])
+    args = [value, pointer(b, address, value.type), I32(1), keep_bytes(b, left, LANES)]
+    call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), args)
 
 
-def _emit_decode(b: Any, bits: int, lut: str, out: str, args: list[Any]) -> None:
+def _emit_decode(b: Any, bits: int, lut: str, args: list[Any]) -> None:
     """Weights of one group in natural order; see `decode_group` for the arguments."""
     index, tables_at, target, columns = args
     tables = load_tables(b, tables_at, bits, lut)
@@ -176,8 +166,8 @@ def _emit_decode(b: Any, bits: int, lut: str, out: str, args: list[Any]) -> None
             parts.append((_natural_codes(b, width, at, left), first))
             first += width
         value = lookup(b, tables, merge(b, parts, [0] * len(parts)))
-        at = b.add(target, b.mul(number, I64(LANES * (2 if out == "BF16" else 4))))
-        _store_values(b, value, at, out, short)
+        at = b.add(target, b.mul(number, I64(4 * LANES)))
+        _store_values(b, value, at, short)
 
     with cgutils.for_range(b, full) as loop:
         decode(loop.index, None)
@@ -214,23 +204,16 @@ def _row_dots(
 
 
 def _decode_group(
-    typing: Any,
-    bits: Any,
-    lut: Any,
-    out: Any,
-    index: Any,
-    tables: Any,
-    target: Any,
-    columns: Any,
+    typing: Any, bits: Any, lut: Any, index: Any, tables: Any, target: Any, columns: Any
 ) -> Any:
-    """Write the `columns` weights of one group to the address `target`, as F32 or BF16."""
-    static = (bits.literal_value, lut.literal_value, out.literal_value)
+    """Write the `columns` weights of one group to the address `target` as float32."""
+    static = (bits.literal_value, lut.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _emit_decode(builder, *static, list(args[3:]))
+        _emit_decode(builder, *static, list(args[2:]))
         return context.get_dummy_value()
 
-    return types.void(bits, lut, out, *[types.int64] * 4), codegen
+    return types.void(bits, lut, *[types.int64] * 4), codegen
 
 
 row_dots: Any = intrinsic(prefer_literal=True)(_row_dots)

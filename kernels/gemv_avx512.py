@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sketchconv.kernels.avx512 import decode_group, row_dots
+from sketchconv.kernels.avx512_bf16 import decode_group_bf16
 from sketchconv.kernels.avx512_blocks import by_bytes
 from sketchconv.kernels.avx512_order import arrange, padded_columns
 from sketchconv.kernels.entries import round_bf16
@@ -124,6 +125,9 @@ def decode_kernel(bits: int, lut: str, out: str) -> Any:
                 at = target + (number * groups + group) * columns * size
                 codes = index + source * group_bytes
                 luts = tables + source * lut_bytes
-                decode_group(bits, lut, out, codes, luts, at, columns)
+                if out == "BF16":
+                    decode_group_bf16(bits, lut, codes, luts, at, columns)
+                else:
+                    decode_group(bits, lut, codes, luts, at, columns)
 
     return decode
