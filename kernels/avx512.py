@@ -81,27 +81,25 @@ def _emit_group(
     columns: Any,
 ) -> None:
     """Add one group of one row to `sums`; `starts` are (address, bits of a field) by plane."""
+
+    def planes_at(column: Any) -> list[Any]:
+        return [b.add(start, b.lshr(b.mul(column, I64(width)), I64(3))) for start, width in starts]
+
+    def xs_at(column: Any) -> list[Any]:
+        first = b.add(x, b.mul(column, I64(4)))
+        return [b.add(first, b.mul(stride, I64(token))) for token in range(len(sums))]
+
     done: Any = I64(0)
     for block in plan:
-
-        def add(number: Any, short: Any, block: Block = block, done: Any = done) -> None:
-            at = b.add(done, b.mul(number, I64(block.columns)))
-            planes = [
-                b.add(start, b.lshr(b.mul(at, I64(width)), I64(3))) for start, width in starts
-            ]
-            first = b.add(x, b.mul(at, I64(4)))
-            xs = [b.add(first, b.mul(stride, I64(token))) for token in range(len(sums))]
-            _add_block(b, block, tables, planes, xs, sums, short)
-
-        full = b.udiv(b.sub(columns, done), I64(block.columns))
+        size = I64(block.columns)
+        full = b.udiv(b.sub(columns, done), size)
         with cgutils.for_range(b, full) as loop:
-            add(loop.index, None)
-        after = b.add(done, b.mul(full, I64(block.columns)))
-        if block is plan[-1]:
-            tail = b.sub(columns, after)
-            with b.if_then(b.icmp_unsigned(">", tail, I64(0))):
-                add(full, tail)
-        done = after
+            at = b.add(done, b.mul(loop.index, size))
+            _add_block(b, block, tables, planes_at(at), xs_at(at), sums, None)
+        done = b.add(done, b.mul(full, size))
+    left = b.sub(columns, done)
+    with b.if_then(b.icmp_unsigned(">", left, I64(0))):
+        _add_block(b, plan[-1], tables, planes_at(done), xs_at(done), sums, left)
 
 
 def _emit_row(b: Any, bits: int, lut: str, vbmi: int, tokens: int, args: list[Any]) -> list[Any]:
@@ -165,7 +163,8 @@ def _emit_decode(b: Any, bits: int, lut: str, args: list[Any]) -> None:
             at = b.add(start, b.mul(number, I64(2 * width)))
             parts.append((_natural_codes(b, width, at, left), first))
             first += width
-        value = lookup(b, tables, merge(b, parts, [0] * len(parts)))
+        code = merge(b, parts, [0] * len(parts))
+        value = lookup(b, tables if bits > 3 else tables[:1], code)
         at = b.add(target, b.mul(number, I64(4 * LANES)))
         _store_values(b, value, at, short)
 

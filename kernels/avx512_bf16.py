@@ -54,9 +54,10 @@ def _words(value: int) -> ir.Constant:
 
 def _tables(b: Any, address: Any, bits: int, lut: str) -> list[Any]:
     """The LUT in registers of 32 bfloat16; short LUTs are repeated."""
-    halves = [round_bf16(b, table) for table in load_tables(b, address, bits, lut)]
-    if len(halves) == 1:
-        halves *= 2
+    floats = load_tables(b, address, bits, lut)
+    if bits <= 4:
+        floats = floats[:1] * 2
+    halves = [round_bf16(b, table) for table in floats]
     order = ir.Constant(ir.VectorType(I32, COLUMNS), list(range(COLUMNS)))
     return [b.shuffle_vector(*halves[i : i + 2], order) for i in range(0, len(halves), 2)]
 

@@ -2,13 +2,14 @@
 
 A block is read as it lies on disk, and its weights leave in whatever order costs least; `order`
 says which column each of them belongs to, and the activations are brought into that order once
-per call (`avx512_order.py`). Three kinds, by what the LUT allows:
+per call (`avx512_order.py`). The kinds, by what the LUT allows:
 
 - words: 16 lanes of 32 bits, a shift and a look-up among float32 entries for each 16 weights;
-- nibbles (3 bits): 256 columns, whose two planes are merged for 8 look-ups at once, then as words:
-  1.4 times as fast as merging for each look-up;
+- windows (1 and 2 bits): the same, but a look-up reads 4 bits, so one shift serves several;
+- nibbles (3 bits): 256 columns, whose two planes are merged for 16 look-ups at once: 1.4 times as
+  fast as merging for each look-up;
 - bytes (6 to 8 bits, 16-bit LUTs, AVX512-VBMI): 64 codes at once are looked up in the LUT's low
-  bytes and in its high bytes, 3 times as fast as float32 entries, which need 16 registers.
+  bytes and in its high bytes: 2.6 times as fast at 8 bits as float32 entries in 16 registers.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ def blocks(bits: int, lut: str, vbmi: bool) -> tuple[Block, ...]:
     """The blocks of a group: as many of the first kind as fit, then those of the last kind."""
     if by_bytes(bits, lut, vbmi):
         return (_byte_block(bits, lut),)
-    words = _word_block(bits)
-    return (_nibble_block(), words) if bits == 3 else (words,)
+    if bits == 3:
+        return (_nibble_block(vbmi), _word_block(bits))
+    return (_window_block(bits) if bits < 3 else _word_block(bits),)
 
 
 def _read(b: Any, address: Any, count: int, columns: Any | None, width: int) -> Any:
@@ -103,38 +105,58 @@ def _word_block(bits: int) -> Block:
             first += width
         for slot in range(deep):
             code = merge(b, parts, [slot * width for width in fields(bits)])
-            yield lookup(b, tables, code)
+            yield lookup(b, tables if bits > 3 else tables[:1], code)
 
-    order = tuple(deep * lane + slot for slot in range(deep) for lane in range(LANES))
-    return Block(order, weights)
+    return Block(_word_order(deep), weights)
+
+
+def _word_order(deep: int) -> tuple[int, ...]:
+    return tuple(deep * lane + slot for slot in range(deep) for lane in range(LANES))
+
+
+def _window_block(bits: int) -> Block:
+    """1 or 2 bits: one shift serves all codes in the 4 bits of a look-up, by a table for each."""
+    deep, each = slots(bits), 4 // bits
+
+    def weights(b: Any, tables: list[Any], planes: list[Any], left: Any | None) -> Iterator[Any]:
+        raw = _lanes(b, _read(b, planes[0], 2 * bits * deep, left, bits), LANES, 32)
+        for first in range(0, deep, each):
+            shifted = b.lshr(raw, splat(first * bits)) if first else raw
+            for table in tables:
+                yield lookup(b, [table], shifted)
+
+    return Block(_word_order(deep), weights)
 
 
 def _select(b: Any, mask: int, yes: Any, no: Any) -> Any:
-    """Bits of `yes` where the byte `mask` has ones, else of `no`: one `vpternlog`."""
-    keep = ir.Constant(yes.type, [mask * 0x01010101] * yes.type.count)
-    drop = ir.Constant(yes.type, [(mask ^ 0xFF) * 0x01010101] * yes.type.count)
+    """Bits of `yes` where the 32-bit `mask` has ones, else of `no`: one `vpternlog`."""
+    keep, drop = splat(mask), splat(~mask)
     return b.or_(b.and_(yes, keep), b.and_(no, drop))
 
 
-def _spread(b: Any, word: Any, distance: int, keep: int) -> Any:
-    moved = b.shl(word, splat(distance))
-    return b.and_(b.or_(word, moved), splat(keep))
+def _nibble_block(vbmi: bool) -> Block:
+    """3 bits: 256 columns, the codes of the even ones as nibbles of a register, then the odd ones.
 
-
-def _nibble_block() -> Block:
-    """3 bits: a lane's 16 columns as nibbles, the even ones and the odd ones."""
+    A nibble holds the high bits of a pair of columns, then the two low bits of one of them; the
+    tables follow suit, so that both registers take the same high bits.
+    """
 
     def weights(b: Any, tables: list[Any], planes: list[Any], left: Any | None) -> Iterator[Any]:
-        low = _lanes(b, _read(b, planes[0], 64, left, 2), LANES, 32)
-        high = _lanes(b, _read(b, planes[1], 32, left, 1), LANES, 32)
-        for distance, keep in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)):
-            high = _spread(b, high, distance, keep)
-        even = _select(b, 0x33, low, b.shl(high, splat(2)))
-        odd = _select(b, 0x33, b.lshr(low, splat(2)), b.shl(high, splat(1)))
-        for codes in (even, odd):
+        low = _lanes(b, _read(b, planes[0], BYTES, left, 2), LANES, 32)
+        high = _read(b, planes[1], BYTES // 2, left, 1)
+        if vbmi:
+            high = b.bitcast(_to_bytes(b, high, 4), VI32)
+        else:
+            high = _lanes(b, high, LANES, 32)
+            high = _select(b, 0x000000FF, high, b.shl(high, splat(8)))
+            high = _select(b, 0x00FF00FF, high, b.shl(high, splat(4)))
+        pairs = _select(b, 0x0F0F0F0F, high, b.shl(high, splat(2)))
+        even = _select(b, 0x33333333, pairs, b.shl(low, splat(2)))
+        odd = _select(b, 0x33333333, pairs, low)
+        for codes, table in ((even, tables[1]), (odd, tables[2])):
             for nibble in range(8):
                 shifted = b.lshr(codes, splat(4 * nibble)) if nibble else codes
-                yield lookup(b, tables, shifted)
+                yield lookup(b, [table], shifted)
 
     order = [
         16 * lane + 2 * nibble + odd
@@ -145,11 +167,10 @@ def _nibble_block() -> Block:
     return Block(tuple(order), weights)
 
 
-def _to_pairs(b: Any, address: Any, width: int, left: Any | None) -> Any:
-    """A plane of 1 or 2 bits and 128 columns: the fields of 2 columns at the start of each byte."""
-    raw = _read(b, address, 16 * width, left, width)
+def _to_bytes(b: Any, raw: Any, step: int) -> Any:
+    """64 bytes; each starts with the bits of `raw` that begin at `step` times its number."""
     wide = b.bitcast(_lanes(b, raw, 8, 64), V8)
-    control = ir.Constant(V8, [2 * width * (i % 8) for i in range(BYTES)])
+    control = ir.Constant(V8, [step * (i % 8) for i in range(BYTES)])
     return call(b, "llvm.x86.avx512.pmultishift.qb.512", V8, [control, wide])
 
 
@@ -164,8 +185,9 @@ def _byte_codes(b: Any, bits: int, planes: list[Any], left: Any | None) -> list[
     word = b.bitcast(base, VI32)
     codes, first = [word, b.lshr(word, splat(4))], 4
     for width, address in zip(fields(bits)[1:], planes[1:], strict=True):
-        pairs = b.bitcast(_to_pairs(b, address, width, left), VI32)
-        mask = 2**first - 1
+        raw = _read(b, address, 16 * width, left, width)
+        pairs = b.bitcast(_to_bytes(b, raw, 2 * width), VI32)
+        mask = (2**first - 1) * 0x01010101
         for odd in range(2):
             moved = b.shl(pairs, splat(first - odd * width))
             codes[odd] = _select(b, mask, codes[odd], moved)

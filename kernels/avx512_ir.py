@@ -86,7 +86,10 @@ def load_byte_tables(b: Any, address: Any, bits: int) -> list[Any]:
 
 
 def load_tables(b: Any, address: Any, bits: int, lut: str) -> list[Any]:
-    """The LUT of one group in registers of 16 float32; short LUTs are repeated to 16 entries."""
+    """The LUT of one group in registers of 16 float32; short LUTs are repeated to 16 entries.
+
+    1 to 3 bits: the first register is the LUT again and again, the others serve `blocks`.
+    """
     size = 4 if lut == "F32" else 2
     entries = 2**bits
     lanes = min(entries, LANES)
@@ -95,10 +98,21 @@ def load_tables(b: Any, address: Any, bits: int, lut: str) -> list[Any]:
     for first in range(0, entries, LANES):
         raw = load(b, b.add(address, I64(first * size)), raw_type)
         tables.append(to_float32(b, raw, lut))
-    if lanes < LANES:
-        order = ir.Constant(VI32, [i % lanes for i in range(LANES)])
-        tables = [b.shuffle_vector(tables[0], ir.Constant(tables[0].type, ir.Undefined), order)]
-    return tables
+    if lanes == LANES:
+        return tables
+    empty = ir.Constant(tables[0].type, ir.Undefined)
+    return [b.shuffle_vector(tables[0], empty, ir.Constant(VI32, order)) for order in _SHORT[bits]]
+
+
+_SHORT = {  # entry of the LUT in each lane of each table, see the blocks in `avx512_blocks.py`
+    1: [[i >> code & 1 for i in range(LANES)] for code in range(4)],
+    2: [[i >> code & 3 for i in range(LANES)] for code in (0, 2)],
+    3: [
+        [i % 8 for i in range(LANES)],
+        [i >> 2 | (i & 1) << 2 for i in range(LANES)],
+        [i >> 2 | (i >> 1 & 1) << 2 for i in range(LANES)],
+    ],
+}
 
 
 def lookup(b: Any, tables: list[Any], code: Any) -> Any:

@@ -17,6 +17,8 @@ from sketchconv.kernels.planes import fields
 from sketchconv.kernels.pointers import carray, pointer_to
 
 ALIGNMENT = 64
+TILE_ROWS = 16  # rows that pass by each group of activations while these stay in the first cache
+MANY_BYTES = 1 << 15  # activations that stay there; beyond, 2 at once are faster than 4
 
 
 @cache
@@ -52,8 +54,8 @@ def _put(y: int, at: int, value: Any, half: bool) -> None:
 @cache
 def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
     """Kernel of `y = x @ W.T`; its arguments are listed at `dispatch.Multiply`."""
-    bytewise = int(by_bytes(bits, lut, vbmi))
-    arranged = _arranger(bits, lut, bytewise)
+    fast = int(vbmi and (bits == 3 or by_bytes(bits, lut, vbmi)))
+    arranged = _arranger(bits, lut, fast)
     lut_bytes = 2**bits * (4 if lut == "F32" else 2)
     widths = fields(bits)
 
@@ -71,28 +73,39 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
         groups: int,
         columns: int,
     ) -> None:
+        if tokens == 0:
+            return
         activations = arranged(x, half, tokens, groups, columns)
         row_bytes = 0
         for width in widths:
             row_bytes += groups * ((columns * width + 7) // 8)
         stride = 4 * (activations.size // tokens)
-        for row in range(begin, end):
-            codes = index + row * row_bytes
-            luts = tables + row * groups * lut_bytes
-            token, at = 0, activations.ctypes.data
-            while token + 4 <= tokens:
-                four = row_dots(bits, lut, bytewise, 4, codes, luts, at, stride, groups, columns)
-                for part in range(4):
-                    _put(y, (token + part) * rows + row, four[part], half)
-                token, at = token + 4, at + 4 * stride
-            if token + 2 <= tokens:
-                two = row_dots(bits, lut, bytewise, 2, codes, luts, at, stride, groups, columns)
-                _put(y, token * rows + row, two[0], half)
-                _put(y, (token + 1) * rows + row, two[1], half)
-                token, at = token + 2, at + 2 * stride
-            if token < tokens:
-                one = row_dots(bits, lut, bytewise, 1, codes, luts, at, stride, groups, columns)
-                _put(y, token * rows + row, one[0], half)
+        first = np.int64(activations.ctypes.data)
+        many = 4 if 4 * stride <= MANY_BYTES else 2
+        for tile in range(begin, end, TILE_ROWS):
+            last = min(tile + TILE_ROWS, end)
+            token = 0
+            while token < tokens:
+                count = many if token + many <= tokens else 2 if token + 2 <= tokens else 1
+                at = first + token * stride
+                for row in range(tile, last):
+                    codes = index + row * row_bytes
+                    luts = tables + row * groups * lut_bytes
+                    to = token * rows + row
+                    if count == 1:
+                        one = row_dots(bits, lut, fast, 1, codes, luts, at, stride, groups, columns)
+                        _put(y, to, one[0], half)
+                    elif count == 2:
+                        two = row_dots(bits, lut, fast, 2, codes, luts, at, stride, groups, columns)
+                        _put(y, to, two[0], half)
+                        _put(y, to + rows, two[1], half)
+                    else:
+                        four = row_dots(
+                            bits, lut, fast, 4, codes, luts, at, stride, groups, columns
+                        )
+                        for part in range(4):
+                            _put(y, to + part * rows, four[part], half)
+                token += count
 
     return multiply
 
