@@ -18,8 +18,8 @@ def _run(matrix: Packed, out: Tensor, begin: int, ids: Tensor | None, kernel: st
     row_index = matrix.index.shape[1] * matrix.index.shape[2]
     run = choose(kernel).decode(matrix.bits, matrix.lut_dtype, _OUTPUTS[out.dtype])
     args = (
-        matrix.index.data_ptr() + begin * row_index,
-        matrix.lut.data_ptr() + begin * row_lut,
+        matrix.index_pointer + begin * row_index,
+        matrix.lut_pointer + begin * row_lut,
         0 if ids is None else ids.data_ptr(),
         out.data_ptr(),
         matrix.groups,
@@ -27,10 +27,7 @@ def _run(matrix: Packed, out: Tensor, begin: int, ids: Tensor | None, kernel: st
     )
     threads = torch.get_num_threads() if out.numel() >= PARALLEL_WEIGHTS else 1
 
-    def span(first: int, last: int, _held: object = (matrix, ids, out)) -> None:
-        run(first, last, *args)
-
-    share(span, out.shape[0], threads)
+    share(run, out.shape[0], args, threads)
 
 
 def decode_into(matrix: Packed, out: Tensor, begin: int = 0, kernel: str | None = None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sketchconv.kernels.crew import share
 from sketchconv.kernels.dequantize import decode_into
-from sketchconv.kernels.dispatch import choose
+from sketchconv.kernels.dispatch import Multiply, choose
 from sketchconv.kernels.packed import Packed
 
 FEW_TOKENS = 8
@@ -48,8 +48,9 @@ def multiply(matrix: Packed, x: Tensor, kernel: str | None = None) -> Tensor:
     Raises:
         ValueError: `x` has another width, dtype or device; `kernel` is unknown or cannot run here.
     """
-    if x.shape[-1] != matrix.columns:
-        raise ValueError(f"x has {x.shape[-1]} columns, the matrix {matrix.columns}")
+    shape = x.shape
+    if shape[-1] != matrix.columns:
+        raise ValueError(f"x has {shape[-1]} columns, the matrix {matrix.columns}")
     tokens = x.numel() // matrix.columns
     if tokens > FEW_TOKENS:
         return _multiply_tiles(matrix, x, kernel)
@@ -59,28 +60,29 @@ def multiply(matrix: Packed, x: Tensor, kernel: str | None = None) -> Tensor:
     if (dtype is not torch.float32 and dtype is not torch.bfloat16) or not x.is_cpu:
         raise ValueError(f"x must be float in CPU memory, got {dtype} on {x.device}")
     x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], matrix.rows), dtype=dtype)
-    run = choose(kernel).multiply(matrix.bits, matrix.lut_dtype)
+    y = torch.empty((*shape[:-1], matrix.rows), dtype=dtype)
     args = (
-        matrix.index.data_ptr(),
-        matrix.lut.data_ptr(),
+        matrix.index_pointer,
+        matrix.lut_pointer,
         x.data_ptr(),
         y.data_ptr(),
-        dtype is torch.bfloat16,
+        int(dtype is torch.bfloat16),
         tokens,
         matrix.rows,
         matrix.groups,
         matrix.group_columns,
     )
-    if matrix.rows * matrix.columns < PARALLEL_WEIGHTS:
+    run = _kernel(kernel, matrix.bits, matrix.lut_dtype)
+    if matrix.weights < PARALLEL_WEIGHTS:
         run(0, matrix.rows, *args)
     else:
-
-        def span(begin: int, end: int, _held: object = (matrix, x, y)) -> None:
-            run(begin, end, *args)
-
-        share(span, matrix.rows, torch.get_num_threads())
+        share(run, matrix.rows, args, torch.get_num_threads())
     return y
+
+
+@cache
+def _kernel(name: str | None, bits: int, lut: str) -> Multiply:
+    return choose(name).multiply(bits, lut)
 
 
 def multiply_group(matrices: tuple[Packed, ...], x: Tensor) -> tuple[Tensor, ...]:

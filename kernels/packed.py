@@ -27,6 +27,11 @@ class Packed:
     columns: int
     bits: int
     lut_dtype: str
+    # Computed once: reading them from the tensors took 1.5 of the 5 us around a small product.
+    group_columns: int
+    weights: int
+    index_pointer: int
+    lut_pointer: int
 
     @staticmethod
     def of(index: Tensor, lut: Tensor, columns: int) -> Packed:
@@ -49,12 +54,19 @@ class Packed:
                     f"{tensor.device}"
                 )
         rows, groups = lut.shape[:2]
-        return Packed(index, lut, rows, groups, columns, bits, LUT_DTYPES[lut.dtype])
-
-    @property
-    def group_columns(self) -> int:
-        """Columns of one group."""
-        return self.columns // self.groups
+        return Packed(
+            index,
+            lut,
+            rows,
+            groups,
+            columns,
+            bits,
+            LUT_DTYPES[lut.dtype],
+            group_columns=columns // groups,
+            weights=rows * columns,
+            index_pointer=index.data_ptr(),
+            lut_pointer=lut.data_ptr(),
+        )
 
 
 def check_shapes(index: tuple[int, ...], lut: tuple[int, ...], columns: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -131,22 +130,6 @@ def test_nan_and_infinity_stay_what_they_are(kernel, lut, bits):
         with np.errstate(invalid="ignore", over="ignore"):
             exact = expected.astype(np.float64).sum(1)
         assert np.array_equal(np.isnan(y[0]), np.isnan(exact))
-
-
-def test_threads_hold_the_arrays_to_which_they_have_addresses(monkeypatch):
-    """Else an interrupted caller would free them under the threads that still write."""
-    _, matrix = make(4, 8, 1, 64)
-    held = []
-    for module in (gemv, dequantize):
-        monkeypatch.setattr(module, "PARALLEL_WEIGHTS", 1)
-        monkeypatch.setattr(module, "share", lambda kernel, *_: held.append(kernel))
-    y = gemv.multiply(matrix, torch.ones(1, 64))
-    out = torch.empty(8, 64)
-    dequantize.decode_into(matrix, out)
-    watched = [weakref.ref(y), weakref.ref(out), weakref.ref(matrix.index)]
-    del y, out, matrix
-    assert len(held) == 2
-    assert all(watch() is not None for watch in watched)
 
 
 @pytest.mark.parametrize("kernel", [AVX512, "portable"])
