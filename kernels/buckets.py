@@ -33,8 +33,8 @@ def _unpack_plane(plane: Any, width: int, codes: Any, shift: Any) -> None:
 
 
 @inner
-def _unpack_group(bits: int, index: int, codes: Any, columns: int) -> int:
-    """Codes of the group at the address `index`; returns its bytes. `codes` has 8 to spare."""
+def _unpack_group(bits: int, index: int, codes: Any, columns: int) -> None:
+    """Codes of the group at the address `index`; `codes` has 8 to spare."""
     codes[:] = 0
     base, shift = 0, 0
     for width in (8, 4, 2, 1):
@@ -44,7 +44,6 @@ def _unpack_group(bits: int, index: int, codes: Any, columns: int) -> int:
             _unpack_plane(plane, width, codes, shift)
             base += size
             shift += width
-    return base
 
 
 @inner
@@ -84,6 +83,7 @@ def bucket_sums(
     out: int,
     groups: int,
     columns: int,
+    size: int,
 ) -> None:
     """`out[r, g, k] = sum of values[r, c] over the columns c of group g whose code is k`.
 
@@ -102,16 +102,13 @@ def bucket_sums(
         out: address of float32 ``[rows, groups, 2**bits]``.
         groups: groups of a row.
         columns: columns of a group.
+        size: bytes of a group in `index`.
     """
     lanes = min(MOST_LANES, max(FEWEST_LANES, 256 >> bits))
     entries = 1 << bits
     buckets = np.empty(lanes << bits, np.float32)
     codes = np.empty(columns + 8, np.uint8)
     row, low = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    size = 0
-    for width in (8, 4, 2, 1):
-        if bits & width:
-            size += (columns * width + 7) // 8
     for number in range(begin, end):
         source = carray(pointer_to(ids, np.int64), (end,))[number] if ids else number
         for group in range(groups):

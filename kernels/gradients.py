@@ -115,23 +115,20 @@ def _sum_rows(
     begin: int,
     ids: Tensor | None = None,
 ) -> None:
-    row_bytes = matrix.index.shape[1] * matrix.index.shape[2]
+    size = matrix.index.shape[2]
     args = (
         matrix.bits,
-        matrix.index.data_ptr() + begin * row_bytes,
+        matrix.index_pointer + begin * matrix.groups * size,
         0 if ids is None else ids.data_ptr(),
         values.data_ptr(),
         0 if rest is None else rest.data_ptr(),
         out.data_ptr(),
         matrix.groups,
         matrix.group_columns,
+        size,
     )
-
-    def span(first: int, last: int, _held: object = (matrix, values, rest, out, ids)) -> None:
-        bucket_sums(first, last, *args)
-
     threads = torch.get_num_threads() if values.numel() >= PARALLEL_VALUES else 1
-    share(span, values.shape[0], threads)
+    share(bucket_sums, values.shape[0], args, threads)
 
 
 def _tile_rows(matrix: Packed) -> int:
