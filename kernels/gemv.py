@@ -50,23 +50,47 @@ def multiply(matrix: Packed, x: Tensor, kernel: str | None = None) -> Tensor:
     Raises:
         ValueError: `x` has another width, dtype or device; `kernel` is unknown or cannot run here.
     """
-    shape = x.shape
-    if shape[-1] != matrix.columns:
-        raise ValueError(f"x has {shape[-1]} columns, the matrix {matrix.columns}")
-    tokens = x.numel() // matrix.columns
+    tokens = _tokens(matrix, x)
     if tokens > FEW_TOKENS:
         return _multiply_tiles(matrix, x, kernel)
-    dtype = x.dtype
-    if dtype is torch.float16:
+    if x.dtype is torch.float16:
         return multiply(matrix, x.float(), kernel).half()
+    x = _ready(x)
+    return _multiply_few(matrix, x, x.data_ptr(), tokens, kernel)
+
+
+def multiply_group(matrices: tuple[Packed, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """`multiply` of one `x` with several matrices, as q, k and v or gate and up have it."""
+    tokens = max(_tokens(matrix, x) for matrix in matrices)
+    if tokens > FEW_TOKENS or x.dtype is torch.float16:
+        return tuple(multiply(matrix, x) for matrix in matrices)
+    x = _ready(x)
+    address = x.data_ptr()
+    return tuple(_multiply_few(matrix, x, address, tokens, None) for matrix in matrices)
+
+
+def _tokens(matrix: Packed, x: Tensor) -> int:
+    if x.shape[-1] != matrix.columns:
+        raise ValueError(f"x has {x.shape[-1]} columns, the matrix {matrix.columns}")
+    return x.numel() // matrix.columns
+
+
+def _ready(x: Tensor) -> Tensor:
+    dtype = x.dtype
     if (dtype is not torch.float32 and dtype is not torch.bfloat16) or not x.is_cpu:
         raise ValueError(f"x must be float in CPU memory, got {dtype} on {x.device}")
-    x = x.contiguous()
-    y = torch.empty((*shape[:-1], matrix.rows), dtype=dtype)
+    return x.contiguous()
+
+
+def _multiply_few(
+    matrix: Packed, x: Tensor, address: int, tokens: int, kernel: str | None
+) -> Tensor:
+    dtype = x.dtype
+    y = torch.empty((*x.shape[:-1], matrix.rows), dtype=dtype)
     args = (
         matrix.index_pointer,
         matrix.lut_pointer,
-        x.data_ptr(),
+        address,
         y.data_ptr(),
         int(dtype is torch.bfloat16),
         tokens,
