@@ -1,11 +1,12 @@
 """Products with sketched matrices on the CPU: `y = x @ W.T` without ever holding W.
 
 Up to `FEW_TOKENS` activations go row by row through the look-up kernels. More of them go through
-tiles of `TILE_ROWS` decoded rows and torch's matrix product: one small buffer, never all of W.
+tiles of `TILE_BYTES` of decoded rows and torch's matrix product: one small buffer, never all of W.
 """
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 
 import torch
@@ -17,7 +18,8 @@ from sketchconv.kernels.dispatch import Multiply, choose
 from sketchconv.kernels.packed import Packed
 
 FEW_TOKENS = 8
-TILE_ROWS = 512
+TILE_BYTES = 1 << 22
+LEAST_ROWS = 64
 PARALLEL_WEIGHTS = 1 << 22  # below, waking a thread costs more than it saves
 
 
@@ -48,23 +50,47 @@ def multiply(matrix: Packed, x: Tensor, kernel: str | None = None) -> Tensor:
     Raises:
         ValueError: `x` has another width, dtype or device; `kernel` is unknown or cannot run here.
     """
-    shape = x.shape
-    if shape[-1] != matrix.columns:
-        raise ValueError(f"x has {shape[-1]} columns, the matrix {matrix.columns}")
-    tokens = x.numel() // matrix.columns
+    tokens = _tokens(matrix, x)
     if tokens > FEW_TOKENS:
         return _multiply_tiles(matrix, x, kernel)
-    dtype = x.dtype
-    if dtype is torch.float16:
+    if x.dtype is torch.float16:
         return multiply(matrix, x.float(), kernel).half()
+    x = _ready(x)
+    return _multiply_few(matrix, x, x.data_ptr(), tokens, kernel)
+
+
+def multiply_group(matrices: tuple[Packed, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """`multiply` of one `x` with several matrices, as q, k and v or gate and up have it."""
+    tokens = max(_tokens(matrix, x) for matrix in matrices)
+    if tokens > FEW_TOKENS or x.dtype is torch.float16:
+        return tuple(multiply(matrix, x) for matrix in matrices)
+    x = _ready(x)
+    address = x.data_ptr()
+    return tuple(_multiply_few(matrix, x, address, tokens, None) for matrix in matrices)
+
+
+def _tokens(matrix: Packed, x: Tensor) -> int:
+    if x.shape[-1] != matrix.columns:
+        raise ValueError(f"x has {x.shape[-1]} columns, the matrix {matrix.columns}")
+    return x.numel() // matrix.columns
+
+
+def _ready(x: Tensor) -> Tensor:
+    dtype = x.dtype
     if (dtype is not torch.float32 and dtype is not torch.bfloat16) or not x.is_cpu:
         raise ValueError(f"x must be float in CPU memory, got {dtype} on {x.device}")
-    x = x.contiguous()
-    y = torch.empty((*shape[:-1], matrix.rows), dtype=dtype)
+    return x.contiguous()
+
+
+def _multiply_few(
+    matrix: Packed, x: Tensor, address: int, tokens: int, kernel: str | None
+) -> Tensor:
+    dtype = x.dtype
+    y = torch.empty((*x.shape[:-1], matrix.rows), dtype=dtype)
     args = (
         matrix.index_pointer,
         matrix.lut_pointer,
-        x.data_ptr(),
+        address,
         y.data_ptr(),
         int(dtype is torch.bfloat16),
         tokens,
@@ -95,11 +121,31 @@ def _multiply_tiles(matrix: Packed, x: Tensor, kernel: str | None) -> Tensor:
     if dtype is not torch.bfloat16 or not _fast_bf16():
         x = x.float()
     x = x.detach()
-    tile = x.new_empty((min(TILE_ROWS, matrix.rows), matrix.columns))
+    step = min(max(TILE_BYTES // (matrix.columns * x.element_size()), LEAST_ROWS), matrix.rows)
+    tile = _scratch(step * matrix.columns, x.dtype).view(step, matrix.columns)
     y = x.new_empty((*x.shape[:-1], matrix.rows), dtype=dtype)
-    for begin in range(0, matrix.rows, TILE_ROWS):
-        end = min(begin + TILE_ROWS, matrix.rows)
+    for begin in range(0, matrix.rows, step):
+        end = min(begin + step, matrix.rows)
         weight = tile[: end - begin]
         decode_into(matrix, weight, begin, kernel)
         y[..., begin:end] = torch.nn.functional.linear(x, weight)
     return y
+
+
+class _Local(threading.local):
+    """The tile of each thread."""
+
+    tile: Tensor | None = None
+
+
+_local = _Local()
+
+
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a tile of `count` weights. The pages stay with the thread: new ones at each call
+    took as long as the decoding."""
+    size = count * dtype.itemsize
+    tile = _local.tile
+    if tile is None or tile.numel() < size:
+        _local.tile = tile = torch.empty(size, dtype=torch.uint8)
+    return tile[:size].view(dtype)

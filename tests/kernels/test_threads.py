@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numba import types
 
-from sketchconv.kernels import crew, gemv_portable, jit, threads
+from sketchconv.kernels import crew, jit, planes, threads
 from sketchconv.kernels.pointers import carray, pointer_to
 
 
@@ -123,7 +123,7 @@ def test_an_edit_of_any_module_gives_compiled_code_another_name(tmp_path):
     folder = tmp_path / "kernels"
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__"))
     before = jit.sources_digest(source)
-    assert gemv_portable._dot.py_func.__qualname__ == f"_dot_{before}"
+    assert planes._pack_span.py_func.__qualname__ == f"_pack_span_{before}"
     digests = {before}
     modules = sorted((*folder.glob("*.py"), *folder.glob("decoder/*.py")))
     for path in modules:
