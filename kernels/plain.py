@@ -47,6 +47,42 @@ def multiply(x: Tensor, index: Tensor, lut: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def gather(ids: Tensor, index: Tensor, lut: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` (integers of any shape) of a sketch: ``[*ids.shape, columns]`` of `dtype`."""
+    flat = ids.reshape(-1)
+    return decode(index[flat], lut[flat], columns, dtype).view(*ids.shape, columns)
+
+
+def multiply_tasks(x: Tensor, index: Tensor, luts: Tensor, tasks: Tensor) -> Tensor:
+    """Products in which each token has the LUT of its own task, over one index.
+
+    Args:
+        x: ``[tokens, columns]`` of a float dtype.
+        index: packed codes of the sketch.
+        luts: ``[tasks, rows, groups, 2**bits]``.
+        tasks: int64 ``[tokens]``, the task of each token.
+
+    Returns:
+        ``[tokens, rows]`` in the dtype of `x`: row t is ``multiply(x[t], index, luts[tasks[t]])``.
+
+    Raises:
+        ValueError: shapes do not fit together.
+        IndexError: a task has no LUT.
+    """
+    if x.dim() != 2 or luts.dim() != 4 or tasks.shape != x.shape[:1]:
+        raise ValueError(
+            f"x is {tuple(x.shape)}, luts {tuple(luts.shape)}, tasks {tuple(tasks.shape)}; "
+            "expected [tokens, columns], [tasks, rows, groups, entries], [tokens]"
+        )
+    y = x.new_zeros((x.shape[0], luts.shape[1]))
+    for task in sorted(set(tasks.tolist())):
+        if not 0 <= task < luts.shape[0]:
+            raise IndexError(f"task {task} is not among {luts.shape[0]} LUTs")
+        own = (tasks == task).nonzero().view(-1)
+        y = y.index_copy(0, own, multiply(x[own], index, luts[task]))
+    return y
+
+
 def grad_input(grad: Tensor, index: Tensor, lut: Tensor, columns: int) -> Tensor:
     """`grad @ W` by tiles: ``[..., rows]`` to ``[..., columns]``, summed in float32 at least.
 

@@ -1,4 +1,8 @@
-"""Gradients of sketched products and look-ups: with respect to the input and to the LUT."""
+"""Sketched products and look-ups with gradients of the input and of the LUT, on every device.
+
+The first half chooses the kernels: those of the CPU, those of the GPU, or plain torch. The second
+half are the two autograd functions that use them.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +12,120 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sketchconv.kernels import dequantize, gemv, plain
-from sketchconv.kernels.packed import Packed
+from sketchconv.kernels import dequantize, gemv, gradients, plain
+from sketchconv.kernels.packed import LUT_DTYPES, Packed
+from sketchconv.runtime.devices import DEVICE, DISK, gpu_kernels, restored
+from sketchconv.runtime.modes import exact
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
-def multiply(x: Tensor, index: Tensor, lut: Tensor, packed: Packed | None) -> Tensor:
-    """`x @ W.T`: by the CPU kernels where `packed` is given and they know the dtype of `x`."""
-    if packed is not None and x.dtype in _KERNEL_DTYPES and not torch.compiler.is_compiling():
-        return gemv.multiply(packed, x)
-    return plain.multiply(x, index, lut)
+def packed_of(index: Tensor, lut: Tensor, columns: int) -> Packed | None:
+    """The form that the CPU kernels take; None for what they do not know."""
+    if not (index.is_cpu and lut.is_cpu and lut.dtype in LUT_DTYPES):
+        return None
+    return Packed.of(index.contiguous(), lut.contiguous(), columns)
+
+
+def multiply(
+    x: Tensor, index: Tensor, lut: Tensor, packed: Packed | None, layout: str = DISK
+) -> Tensor:
+    """`x @ W.T`; `packed` is the checked form of the same tensors, in CPU memory."""
+    with exact(x.device.type):
+        if packed is not None and x.dtype in KERNEL_DTYPES:
+            return gemv.multiply(packed, x)
+        gpu = gpu_kernels(x)
+        if gpu is not None:
+            return gpu.multiply(x, index, lut, layout=layout)  # type: ignore[no-any-return]
+        return plain.multiply(x, index, lut)
+
+
+def grad_input(
+    grad: Tensor, index: Tensor, lut: Tensor, columns: int, layout: str = DISK
+) -> Tensor:
+    """`grad @ W`: the gradient of the input."""
+    with exact(grad.device.type):
+        packed = packed_of(index, lut, columns)
+        if packed is not None and grad.dtype in KERNEL_DTYPES:
+            return gradients.grad_input(packed, grad)
+        gpu = gpu_kernels(grad)
+        if gpu is not None:
+            return gpu.grad_input(grad, index, lut, columns, layout=layout)  # type: ignore[no-any-return]
+        return plain.grad_input(grad, index, lut, columns)
+
+
+def grad_lut(grad: Tensor, x: Tensor, index: Tensor, lut: Tensor, layout: str = DISK) -> Tensor:
+    """The gradient of the LUT, in its dtype."""
+    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    with exact(grad.device.type):
+        packed = packed_of(index, lut, x.shape[-1])
+        if packed is not None and {grad.dtype, x.dtype} <= KERNEL_DTYPES:
+            return gradients.grad_lut(packed, grad, x).to(lut.dtype)
+        gpu = gpu_kernels(grad)
+        if gpu is not None:
+            return gpu.grad_lut(grad, x, index, lut, layout=layout).to(lut.dtype)  # type: ignore[no-any-return]
+        return plain.grad_lut(grad, x, index, lut).to(lut.dtype)
 
 
 def gather(
-    ids: Tensor, index: Tensor, lut: Tensor, columns: int, dtype: torch.dtype, packed: Packed | None
+    ids: Tensor,
+    index: Tensor,
+    lut: Tensor,
+    columns: int,
+    dtype: torch.dtype,
+    packed: Packed | None,
+    layout: str = DISK,
 ) -> Tensor:
     """Rows `ids` of a sketch as ``[*ids.shape, columns]`` of `dtype`."""
-    if packed is not None and not torch.compiler.is_compiling():
+    if packed is not None:
         return dequantize.gather(packed, ids, dtype)
-    flat = ids.reshape(-1)
-    return plain.decode(index[flat], lut[flat], columns, dtype).view(*ids.shape, columns)
+    gpu = gpu_kernels(ids)
+    if gpu is not None:
+        return gpu.gather(ids, index, lut, columns, dtype, layout=layout)  # type: ignore[no-any-return]
+    return plain.gather(ids, index, lut, columns, dtype)
+
+
+def grad_rows(
+    grad: Tensor, ids: Tensor, index: Tensor, lut: Tensor, padding: int | None, layout: str = DISK
+) -> Tensor:
+    """Gradient of the LUT of a look-up: only rows that were looked up are touched."""
+    rows, places = torch.unique(ids, return_inverse=True)
+    dtype = torch.float64 if grad.dtype is torch.float64 else torch.float32
+    columns = grad.shape[-1]
+    dense = torch.zeros((rows.numel(), columns), dtype=dtype, device=grad.device)
+    dense.index_add_(0, places.view(-1), grad.reshape(-1, columns).to(dtype))
+    if padding is not None:
+        dense[rows == padding] = 0
+    packed = packed_of(index, lut, columns)
+    if packed is not None and dtype is torch.float32:
+        part = gradients.sum_by_code(packed, rows.long(), dense)
+    else:
+        part = torch.zeros((rows.numel(), *lut.shape[1:]), dtype=dtype, device=lut.device)
+        codes = index[rows]
+        if layout == DEVICE:
+            bits = lut.shape[2].bit_length() - 1
+            codes = restored(codes, bits, columns // lut.shape[1])
+        plain.add_by_code(part, codes, dense)
+    total = torch.zeros_like(lut)
+    total[rows] = part.to(lut.dtype)
+    return total
 
 
 class SketchMatmul(torch.autograd.Function):
     """`x @ W.T` with gradients of `x` and of the LUT, by tiles, never with a dense `W`.
 
-    Gradients are products and sums in float32 (float64 for float64), whatever the dtype of `x`,
-    and are rounded once, at the end.
+    Gradients of LUTs are float32 sums (float64 for float64), whatever the dtype of `x`, and are
+    rounded once, at the end. Only `x` itself is kept for them, so that q, k and v keep one tensor.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, lut: Tensor, packed: Packed | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, lut: Tensor, packed: Packed | None, layout: str
+    ) -> Tensor:
         """Run the product; `packed` is the checked form of the same tensors, on the CPU."""
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else x.new_empty(0), index, lut)
-        ctx.columns = x.shape[-1]
-        return multiply(x, index, lut, packed)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, index, lut)
+        ctx.columns, ctx.layout = x.shape[-1], layout
+        return multiply(x, index, lut, packed, layout)
 
     @staticmethod
     @once_differentiable
@@ -52,11 +134,10 @@ class SketchMatmul(torch.autograd.Function):
         x, index, lut = ctx.saved_tensors
         grad_x = grad_table = None
         if ctx.needs_input_grad[0]:
-            grad_x = plain.grad_input(grad, index, lut, ctx.columns)
+            grad_x = grad_input(grad, index, lut, ctx.columns, ctx.layout)
         if ctx.needs_input_grad[2]:
-            flat = grad.reshape(-1, grad.shape[-1])
-            grad_table = plain.grad_lut(flat, x.reshape(-1, ctx.columns), index, lut).to(lut.dtype)
-        return grad_x, None, grad_table, None
+            grad_table = grad_lut(grad, x, index, lut, ctx.layout)
+        return grad_x, None, grad_table, None, None
 
 
 class SketchGather(torch.autograd.Function):
@@ -72,25 +153,17 @@ class SketchGather(torch.autograd.Function):
         dtype: torch.dtype,
         padding: int | None,
         packed: Packed | None,
+        layout: str,
     ) -> Tensor:
         """Look up `ids`; the row `padding` gets no gradient."""
         ctx.save_for_backward(lut, ids, index)
-        ctx.padding = padding
-        return gather(ids, index, lut, columns, dtype, packed)
+        ctx.padding, ctx.layout = padding, layout
+        return gather(ids, index, lut, columns, dtype, packed, layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of the LUT: only rows that were looked up are touched."""
+        """Gradient of the LUT."""
         lut, ids, index = ctx.saved_tensors
-        rows, places = ids.reshape(-1).unique(return_inverse=True)
-        dtype = torch.float64 if grad.dtype is torch.float64 else torch.float32
-        dense = torch.zeros((rows.numel(), grad.shape[-1]), dtype=dtype, device=grad.device)
-        dense.index_add_(0, places, grad.reshape(-1, grad.shape[-1]).to(dtype))
-        if ctx.padding is not None:
-            dense[rows == ctx.padding] = 0
-        part = torch.zeros((rows.numel(), *lut.shape[1:]), dtype=dtype, device=lut.device)
-        plain.add_by_code(part, index[rows], dense)
-        total = torch.zeros_like(lut)
-        total[rows] = part.to(lut.dtype)
-        return total, None, None, None, None, None, None
+        total = grad_rows(grad, ids, index, lut, ctx.padding, ctx.layout)
+        return total, None, None, None, None, None, None, None

@@ -20,6 +20,19 @@ class Tied(SketchModule):
         return self.owner._tensors()
 
     @property
+    def layout(self) -> str:
+        """The order of the owner's index."""
+        return self.owner.layout
+
+    def arrange(self) -> str:
+        """Put the owner's index into the order of its device."""
+        return self.owner.arrange()
+
+    def disk_index(self) -> Tensor:
+        """The owner's index in the order of the disk."""
+        return self.owner.disk_index()
+
+    @property
     def sketch_index(self) -> Tensor:  # type: ignore[override]
         """The index of the owner."""
         return self._tensors()[0]

@@ -58,3 +58,48 @@ def test_the_gradient_of_the_lut_is_never_rounded_to_the_input(sketch, dtype):
     double = dtype is torch.float64
     assert found.dtype is (torch.float64 if double else torch.float32)
     assert ((found.double() - exact).abs() <= (1e-14 if double else 1e-6) * spread).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tokens_of_several_tasks_get_their_own_luts(sketch, dtype):
+    index, lut, _ = sketch
+    luts = torch.stack((lut, -2 * lut, lut + 1, lut * 0))
+    x = noise(6, COLUMNS, dtype=dtype)
+    tasks = torch.tensor([2, 0, 0, 3, 1, 2])
+    found = plain.multiply_tasks(x, index, luts, tasks)
+    assert found.dtype is dtype
+    for token, task in enumerate(tasks.tolist()):
+        weight = plain.decode(index, luts[task], COLUMNS, torch.float64)
+        exact = weight @ x[token].double()
+        sizes = weight.abs() @ x[token].double().abs()
+        unit = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float64: 1e-14}[dtype]
+        assert ((found[token].double() - exact).abs() <= unit * sizes).all()
+
+
+def test_products_of_tasks_are_differentiable(sketch):
+    index, lut, _ = sketch
+    luts = torch.stack((lut, 2 * lut))[:, :4].double().requires_grad_()
+    x = noise(3, COLUMNS, dtype=torch.float64).requires_grad_()
+    tasks = torch.tensor([1, 0, 1])
+    run = lambda x, luts: plain.multiply_tasks(x, index[:4], luts, tasks)  # noqa: E731
+    assert torch.autograd.gradcheck(run, (x, luts))
+
+
+def test_tasks_that_do_not_fit_are_refused(sketch):
+    index, lut, _ = sketch
+    luts, x = lut[None], noise(2, COLUMNS, dtype=torch.float32)
+    assert plain.multiply_tasks(x[:0], index, luts, torch.zeros(0).long()).shape == (0, ROWS)
+    for bad in (-1, 1):
+        with pytest.raises(IndexError, match=f"task {bad} is not among 1 LUTs"):
+            plain.multiply_tasks(x, index, luts, torch.tensor([0, bad]))
+    with pytest.raises(ValueError, match="expected"):
+        plain.multiply_tasks(x, index, luts, torch.tensor([0]))
+    with pytest.raises(ValueError, match="expected"):
+        plain.multiply_tasks(x, index, lut, torch.tensor([0, 0]))
+
+
+def test_looked_up_rows_are_decoded_rows(sketch):
+    index, lut, _ = sketch
+    ids = torch.tensor([[3, 95], [0, 3]])
+    found = plain.gather(ids, index, lut, COLUMNS, torch.float32)
+    assert torch.equal(found, plain.decode(index, lut, COLUMNS, torch.float32)[ids])

@@ -93,7 +93,7 @@ def test_gradients_pass_gradcheck_in_float64():
     module = linear(2, groups=2, columns=10, rows=4, lut=torch.float32)
     lut = module.sketch_lut.detach().double().requires_grad_()
     x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
-    run = lambda x, lut: SketchMatmul.apply(x, module.sketch_index, lut, None)  # noqa: E731
+    run = lambda x, lut: SketchMatmul.apply(x, module.sketch_index, lut, None, "planes-le")  # noqa: E731
     assert torch.autograd.gradcheck(run, (x, lut))
 
 
