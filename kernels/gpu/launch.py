@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sketchconv.kernels.gpu.layout import repacked
 from sketchconv.kernels.gpu.support import interpreting
 
 ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -18,6 +19,29 @@ ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Make `device` the current one: Triton launches there, whatever the tensors are on."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def geometry(group: int, bits: int, layout: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What every kernel has as constants: the group, the order of its bytes, and the numbers.
+
+    Args:
+        group: columns of a group.
+        bits: 1 to 8.
+        layout: "planes-le" or "device".
+        dtype: of the operands of products, or of what is stored.
+
+    Raises:
+        ValueError: another layout.
+    """
+    if layout not in ("planes-le", "device"):
+        raise ValueError(f'layout is "{layout}", must be "planes-le" or "device"')
+    return {
+        "GROUP": group,
+        "BITS": bits,
+        "REPACKED": layout == "device" and repacked(bits, group),
+        "DTYPE": ELEMENT[dtype],
+        "WIDE": interpreting(),
+    }
 
 
 def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:

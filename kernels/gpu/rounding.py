@@ -14,7 +14,7 @@ from sketchconv.kernels.gpu.jit import jit
 
 
 @jit
-def rounded(value: Any, DTYPE: tl.constexpr, WIDE: tl.constexpr) -> Any:
+def rounded(value: tl.tensor, DTYPE: tl.constexpr, WIDE: tl.constexpr) -> Any:
     """`value` rounded to nearest even as DTYPE; under WIDE a float32 that holds that number.
 
     Args:
@@ -24,7 +24,7 @@ def rounded(value: Any, DTYPE: tl.constexpr, WIDE: tl.constexpr) -> Any:
     """
     if WIDE:
         value = value.to(tl.float32)
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             bits = value.to(tl.uint32, bitcast=True)
             near = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             result = tl.where(value == value, near.to(tl.float32, bitcast=True), value)
@@ -36,7 +36,7 @@ def rounded(value: Any, DTYPE: tl.constexpr, WIDE: tl.constexpr) -> Any:
 
 
 @jit
-def put(places: Any, value: Any, mask: Any, WIDE: tl.constexpr) -> Any:
+def put(places: tl.tensor, value: tl.tensor, mask: tl.tensor, WIDE: tl.constexpr) -> Any:
     """Store float32 `value`, rounded to the dtype of `places`."""
     DTYPE: tl.constexpr = places.dtype.element_ty
     tl.store(places, rounded(value, DTYPE, WIDE).to(DTYPE), mask=mask)
