@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton.language as tl
 
 from sketchconv.kernels.gpu.jit import jit
@@ -15,13 +13,13 @@ from sketchconv.kernels.gpu.jit import jit
 
 @jit
 def codes(
-    start: Any,
-    column: Any,
-    mask: Any,
+    start: tl.tensor,
+    column: tl.tensor,
+    mask: tl.tensor,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     REPACKED: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Codes, int32, at `column` of the groups whose first bytes are at `start`.
 
     Args:
@@ -33,11 +31,17 @@ def codes(
         BITS: 1 to 8.
         REPACKED: order of the bytes, see the module.
     """
-    return _repacked(start, column, mask) if REPACKED else _planes(start, column, mask, GROUP, BITS)
+    return (
+        _repacked(start, column, mask, GROUP)
+        if REPACKED
+        else _planes(start, column, mask, GROUP, BITS)
+    )
 
 
 @jit
-def _planes(start: Any, column: Any, mask: Any, GROUP: tl.constexpr, BITS: tl.constexpr) -> Any:
+def _planes(
+    start: tl.tensor, column: tl.tensor, mask: tl.tensor, GROUP: tl.constexpr, BITS: tl.constexpr
+) -> tl.tensor:
     # One byte load per plane: neighbours that share a byte share the cache line. The planes are
     # written out: constants computed in a loop are not constants to the compiler.
     B8: tl.constexpr = GROUP if BITS & 8 else 0
@@ -54,13 +58,13 @@ def _planes(start: Any, column: Any, mask: Any, GROUP: tl.constexpr, BITS: tl.co
 
 @jit
 def _field(
-    start: Any,
-    column: Any,
-    mask: Any,
+    start: tl.tensor,
+    column: tl.tensor,
+    mask: tl.tensor,
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Bits FIRST and up of the codes: one plane of WIDTH bits, or zero if there is none."""
     if BITS & WIDTH:
         per_byte: tl.constexpr = 8 // WIDTH
@@ -72,18 +76,20 @@ def _field(
 
 
 @jit
-def _repacked(start: Any, column: Any, mask: Any) -> Any:
-    # 32 columns in 12 bytes: columns 0 to 23 are the low three bits of the 24 nibbles, columns 24
-    # to 31 are in their fourth bits, one bit in each of the three words.
-    start += column // 32 * 12
+def _repacked(
+    start: tl.tensor, column: tl.tensor, mask: tl.tensor, GROUP: tl.constexpr
+) -> tl.tensor:
+    # Columns 0 to 23 of a block of 32 are the low three bits of the 24 nibbles of its three words,
+    # columns 24 to 31 are in their fourth bits. Word p of every block is in the p-th third.
+    WORD: tl.constexpr = GROUP // 8
     slot = column % 32
-    inside = slot < 24
-    nibble = tl.where(inside, slot, slot - 24)
-    shift = nibble % 2 * 4
-    first = tl.load(start + nibble // 2, mask=mask, other=0).to(tl.int32) >> shift
+    shift = slot % 2 * 4
+    own = start + (column // 32 * 4 + slot % 8 // 2)
+    last = slot >= 24
+    word = tl.where(last, 0, slot // 8) * WORD
+    first = tl.load(own + word, mask=mask, other=0).to(tl.int32) >> shift
     # Only the last eight need the bytes of the other two words.
-    rest = mask & (slot >= 24)
-    second = tl.load(start + nibble // 2 + 4, mask=rest, other=0).to(tl.int32) >> shift
-    third = tl.load(start + nibble // 2 + 8, mask=rest, other=0).to(tl.int32) >> shift
+    second = tl.load(own + WORD, mask=mask & last, other=0).to(tl.int32) >> shift
+    third = tl.load(own + 2 * WORD, mask=mask & last, other=0).to(tl.int32) >> shift
     spread = (first >> 3 & 1) | (second >> 2 & 2) | (third >> 1 & 4)
-    return tl.where(inside, first & 7, spread)
+    return tl.where(last, spread, first & 7)

@@ -4,7 +4,9 @@ Three bits are two planes on disk, which costs a byte-permuting kernel as many i
 saves. The device order puts 32 columns into three little-endian words of eight nibbles: columns
 0-7, 8-15 and 16-23 are the low three bits of the nibbles of one word each, and bit `p` of columns
 24-31 is the fourth bit of the nibbles of word `p`. So each word is a ready selector of eight
-columns. Other widths, and groups that are no multiple of 32 columns, keep the order of the disk.
+columns. The first words of all blocks of a group come first, then the second, then the third, so
+that neighbours load neighbours. Other widths, and groups that are no multiple of 32 columns, keep
+the order of the disk.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def repack(index: Tensor, bits: int, group_columns: int) -> Tensor:
     nibble = _parts(code[..., :24], 8)
     last = code[..., 24:].unsqueeze(-2)
     fourth = last >> _steps(3, 1, index.device).unsqueeze(-1) & 1
-    return _join(nibble | fourth << 3, 4).flatten(-3)
+    return _join(nibble | fourth << 3, 4).transpose(-3, -2).flatten(-3)
 
 
 def restore(index: Tensor, bits: int, group_columns: int) -> Tensor:
@@ -45,7 +47,7 @@ def restore(index: Tensor, bits: int, group_columns: int) -> Tensor:
     if not repacked(bits, group_columns):
         return index
     _check(index, group_columns)
-    nibble = _split(index, 4).reshape(*index.shape[:-1], -1, 3, 8)
+    nibble = _split(index, 4).reshape(*index.shape[:-1], 3, -1, 8).transpose(-3, -2)
     fourth = nibble >> 3 & 1
     last = (fourth << _steps(3, 1, index.device).unsqueeze(-1)).sum(-2, dtype=torch.uint8)
     code = torch.cat(((nibble & 7).flatten(-2), last), -1).flatten(-2)

@@ -35,7 +35,9 @@ def test_restore_undoes_repack(bits, columns):
 def test_every_code_is_where_the_kernels_look_for_it():
     codes = torch.randint(0, 8, (4, 2, 96), dtype=torch.uint8)
     moved = layout.repack(pack(codes, 3), 3, 96)
-    words = moved.contiguous().view(torch.int32).reshape(4, 2, 3, 3).long()
+    words = (
+        moved.contiguous().view(torch.int32).reshape(4, 2, 3, 3).mT.long()
+    )  # three words of each block
     for column in range(96):
         block, slot = divmod(column, 32)
         if slot < 24:
