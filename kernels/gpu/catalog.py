@@ -49,3 +49,18 @@ def variants() -> tuple[Variant, ...]:
     if len(set(names)) != len(names):
         raise ValueError(f"two variants share a name: {sorted(names)}")
     return tuple(found)
+
+
+def representatives() -> tuple[Variant, ...]:
+    """Those with a gate, and the first, the middle and the last of each kernel.
+
+    Few enough for six targets in every run of the tests.
+    """
+    by_kernel: dict[int, list[Variant]] = {}
+    for variant in variants():
+        by_kernel.setdefault(id(variant.kernel), []).append(variant)
+    chosen: list[Variant] = []
+    for found in by_kernel.values():
+        places = {0, len(found) // 2, len(found) - 1}
+        chosen += [each for i, each in enumerate(found) if each.most or i in places]
+    return tuple(chosen)

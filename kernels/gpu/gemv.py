@@ -67,7 +67,7 @@ def gemv(
     index += top.to(tl.int64) * (GROUPS * SIZE)
     lut += top.to(tl.int64) * (GROUPS << BITS)
     x += (tl.program_id(1) * TOKENS).to(tl.int64) * stride
-    sums = ()
+    sums: tl.tensor = ()
     for _ in tl.static_range(TOKENS):
         sums = sums + (tl.zeros((ROWS, SPANS), tl.float32),)  # noqa: RUF005
     for first in range(0, PER * GROUPS, SPANS):
@@ -106,7 +106,7 @@ def _add(
     EDGE: tl.constexpr,
 ) -> tl.tensor:
     """The sums of each token with one column of each span added."""
-    added = ()
+    added: tl.tensor = ()
     for token in tl.static_range(TOKENS):
         place = x + (column + token * stride)
         part = tl.load(place, mask=mask, other=0.0) if EDGE else tl.load(place)
@@ -120,7 +120,7 @@ def _config(rows: int, spans: int, warps: int) -> Any:
 
 
 _tuned = tuned(
-    (_config(16, 64, 4), _config(32, 64, 4), _config(4, 64, 2), _config(16, 16, 4)),
+    (_config(16, 64, 4), _config(32, 64, 4), _config(4, 64, 2), _config(16, 32, 4)),
     ("rows", "BITS", "GROUPS", "GROUP", "UNIT", "TOKENS"),
 )(gemv)
 
@@ -148,7 +148,7 @@ def variants() -> tuple[Variant, ...]:
         _variant("gemv-4bit-8groups", 4, 8, 1376, dtype="bf16"),
         _variant("gemv-4bit-4tok", 4, 1, 4096, tokens=4),
         _variant("gemv-3bit", 3, 4, 1024),
-        _variant("gemv-6bit-fp32", 6, 1, 4096, dtype="fp32"),
+        _variant("gemv-6bit-fp32", 6, 1, 4096, dtype="fp32", spans=32),
         _variant("gemv-8bit", 8, 1, 4096, most={"80": 8.7, "89": 8.7}),
         _variant("gemv-5bit-odd", 5, 16, 45, unit=8),
     )
@@ -156,7 +156,7 @@ def variants() -> tuple[Variant, ...]:
 
 def _variant(
     name: str, bits: int, groups: int, group: int, dtype: str = "fp16", unit: int = 32,
-    tokens: int = 1, most: dict[str, float] | None = None,
+    tokens: int = 1, spans: int = 64, most: dict[str, float] | None = None,
 ) -> Variant:  # fmt: skip
     size = sum(-(-group * width // 8) for width in fields(bits)) * 8 // unit
     return Variant(
@@ -168,9 +168,9 @@ def _variant(
         },
         constants={
             "BITS": bits, "GROUPS": groups, "GROUP": group, "REPACKED": False, "SIZE": size,
-            "UNIT": unit, "TOKENS": tokens, "WIDE": False, "ROWS": 16, "SPANS": 64,
+            "UNIT": unit, "TOKENS": tokens, "WIDE": False, "ROWS": 16, "SPANS": spans,
         },
-        weights=16 * 64 * unit // (bits & -bits),
+        weights=16 * spans * unit // (bits & -bits),
         most=most or {},
         aligned=("stride",),
     )  # fmt: skip

@@ -7,6 +7,8 @@ where the reference rounds the table to that dtype, so do we.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import Tensor
@@ -106,6 +108,17 @@ def test_float64_goes_through_the_decoded_weight(sketch):
     for order in ("planes-le", "device"):
         found = multiply(x, case.on(order), case.lut, order)
         assert torch.allclose(found, x @ case.dense().T, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", ["planes-le", "device"])
+def test_a_gpu_without_tensor_cores_multiplies_a_decoded_weight(sketch, order, monkeypatch):
+    monkeypatch.setattr(support, "why_dense", lambda *_: "compute capability 7.5")
+    module = import_module("sketchconv.kernels.gpu.multiply")
+    monkeypatch.setattr(module, "TILE_ROWS", 16)
+    monkeypatch.setattr(module.matmul, "run", None)
+    case = sketch(21, 96, 3, groups=3, dtype=torch.bfloat16)
+    x = noise(9, 96, torch.float32)
+    close(multiply(x, case.on(order), case.lut, order), x, case.dense())
 
 
 def test_bad_arguments_are_named(sketch):
