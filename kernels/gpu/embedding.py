@@ -144,14 +144,14 @@ def _columns(width: int) -> int:
 
 def variants() -> tuple[Variant, ...]:
     """What is compiled ahead of time; the look-up itself is in `sketchconv.kernels.gpu.decode`."""
-    cases = ((1, 4096), (3, 4096), (3, 1376), (4, 4096), (7, 45), (8, 4096))
-    return tuple(_variant(*case, element) for case in cases for element in ("bf16", "fp32"))
+    cases = ((3, 1376, "bf16"), (4, 4096, "bf16"), (7, 45, "bf16"), (8, 4096, "fp32"))
+    return tuple(_variant(*case) for case in cases)
 
 
 def _variant(bits: int, group: int, element: str) -> Variant:
     longs = dict.fromkeys(("order", "rows_sorted", "ends"), "*i64")
     return Variant(
-        name=f"grad_gather {bits} bits, groups of {group}, {element}",
+        name=f"grad-gather-{bits}bit-{group}-{element}",
         kernel=_sums_kernel,
         signature={
             "grad": f"*{element}",

@@ -12,14 +12,21 @@ from sketchconv.kernels.gpu.lut_gradient import grad_lut
 
 __all__ = ["grad_input", "grad_lut", "variants"]
 
-CASES = ((1, 4096), (3, 4096), (3, 1376), (4, 4096), (7, 1376), (8, 4096))  # bits, group columns
+CASES = (  # bits, columns of a group, element
+    (1, 4096, "bf16"),
+    (3, 1376, "bf16"),
+    (4, 4096, "bf16"),
+    (7, 45, "bf16"),
+    (8, 4096, "bf16"),
+    (3, 4096, "fp32"),
+    (4, 4096, "fp32"),
+)
 
 
 def variants() -> tuple[Variant, ...]:
-    """What is compiled ahead of time: one wide group, and narrow ones that are no whole tiles."""
+    """What is compiled ahead of time: wide groups, and narrow ones that are no whole tiles."""
     found: list[Variant] = []
-    for element in ("bf16", "fp32"):
-        for bits, group in CASES:
-            found += input_gradient.variants(bits, group, element)
-            found.append(lut_gradient.variant(bits, group, element))
+    for case in CASES:
+        found += input_gradient.variants(*case)
+        found.append(lut_gradient.variant(*case))
     return tuple(found)

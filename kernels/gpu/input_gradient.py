@@ -141,8 +141,7 @@ def variants(bits: int, group: int, element: str) -> list[Variant]:
     dtype = torch.bfloat16 if element == "bf16" else torch.float32
     return [
         Variant(
-            name=f"grad_input {bits} bits, groups of {group}, {element}, {tokens} tokens, "
-            f"{config.num_warps} warps",
+            name=f"grad-input-{bits}bit-{group}-{element}-{tile}",
             kernel=_input_kernel,
             signature={**pointers, **dict.fromkeys(numbers, "i32")},
             constants={**geometry(group, bits, "device", dtype), **config.kwargs},
@@ -152,5 +151,5 @@ def variants(bits: int, group: int, element: str) -> list[Variant]:
             aligned=("rows",),
         )
         for config in (_HALF if element == "bf16" else _SINGLE)
-        for tokens in [config.kwargs["TOKENS"]]
+        for tile in ["x".join(map(str, config.kwargs.values()))]
     ]

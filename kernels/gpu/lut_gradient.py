@@ -169,7 +169,7 @@ def variant(bits: int, group: int, element: str) -> Variant:
     numbers = ("tokens", "rows", "groups", "parts", "span", "size")
     pointers = {"grad": f"*{element}", "x": f"*{element}", "index": "*u8", "out": "*fp32"}
     return Variant(
-        name=f"grad_lut {bits} bits, groups of {group}, {element}",
+        name=f"grad-lut-{bits}bit-{group}-{element}",
         kernel=_lut_kernel,
         signature={**pointers, **dict.fromkeys(numbers, "i32")},
         constants={
