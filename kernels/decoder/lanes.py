@@ -287,6 +287,47 @@ def _mix(
     return types.void(kind, *[types.int64] * 5), codegen
 
 
+def _add_to(typing: Any, source: Any, target: Any, count: Any) -> Any:
+    """`target += source` for `count` float32, and nothing beyond."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, target, count = args
+        whole = b.udiv(count, I64(LANES))
+        done = b.mul(whole, I64(LANES))
+
+        def add(first: Any, number: Any, size: int, kind: Any) -> None:
+            at = b.add(first, b.mul(number, I64(size)))
+            to = _at(b, target, at, 4)
+            store(b, b.fadd(load(b, to, kind), load(b, _at(b, source, at, 4), kind)), to)
+
+        _loop(b, whole, lambda i: add(I64(0), i, LANES, VF32))
+        _loop(b, b.sub(count, done), lambda i: add(done, i, 1, F32))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+def _get(typing: Any, address: Any, number: Any) -> Any:
+    """Entry `number` of the float32 at `address`."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return load(b, _at(b, *args, 4), F32)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+def _put(typing: Any, address: Any, number: Any, value: Any) -> Any:
+    """Set entry `number` of the float32, or 16-bit integers, at `address`."""
+    kind = types.float32 if isinstance(value, types.Float) else types.uint16
+    size = 4 if kind is types.float32 else 2
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        store(b, args[2], _at(b, *args[:2], size))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, kind), codegen
+
+
 literal: Any = intrinsic(prefer_literal=True)
 dense_dot: Any = literal(_dense_dot)
 dense_row: Any = literal(_dense_row)
@@ -295,3 +336,6 @@ gate: Any = intrinsic(_gate)
 scores: Any = literal(_scores)
 softmax: Any = intrinsic(_softmax)
 mix: Any = literal(_mix)
+add_to: Any = intrinsic(_add_to)
+get: Any = intrinsic(_get)
+put: Any = intrinsic(_put)

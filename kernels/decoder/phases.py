@@ -11,22 +11,19 @@ from sketchconv.kernels.decoder.calls import decode_at, multiply_at
 from sketchconv.kernels.decoder.halves import round_half
 from sketchconv.kernels.decoder.ir import LANES
 from sketchconv.kernels.decoder.lanes import (
+    add_to,
     dense_dot,
     dense_row,
     gate,
+    get,
     mix,
     normalise,
+    put,
     scores,
     softmax,
 )
 from sketchconv.kernels.entries import BF16, F16, F32, round_bf16
 from sketchconv.kernels.jit import inner
-from sketchconv.kernels.pointers import carray, pointer_to
-
-
-@inner
-def _floats(address: int, count: int) -> Any:
-    return carray(pointer_to(address, np.float32), (count,))
 
 
 @inner
@@ -58,23 +55,21 @@ def _product(phase: Any, matrix: int, begin: int, end: int, x: int) -> None:
     kernel, index = phase[matrix + at.KERNEL], phase[matrix + at.INDEX]
     tables, rows = phase[matrix + at.TABLES], phase[matrix + at.ROWS]
     columns, bias = phase[matrix + at.GROUP_COLUMNS], phase[matrix + at.BIAS]
-    y = _floats(phase[matrix + at.Y], rows)
+    target = phase[matrix + at.Y]
     if kernel:
-        groups, target = phase[matrix + at.GROUPS], phase[matrix + at.Y]
+        groups = phase[matrix + at.GROUPS]
         multiply_at(kernel, begin, end, index, tables, x, target, rows, groups, columns)
     else:
         size = columns * _dense_size(tables)
         for row in range(begin, end):
             if tables == F16:
-                y[row] = dense_dot("F16", index + row * size, x, columns)
+                put(target, row, dense_dot("F16", index + row * size, x, columns))
             elif tables == BF16:
-                y[row] = dense_dot("BF16", index + row * size, x, columns)
+                put(target, row, dense_dot("BF16", index + row * size, x, columns))
             else:
-                y[row] = dense_dot("F32", index + row * size, x, columns)
+                put(target, row, dense_dot("F32", index + row * size, x, columns))
     if bias:
-        more = _floats(bias, rows)
-        for row in range(begin, end):
-            y[row] += more[row]
+        add_to(bias + 4 * begin, target + 4 * begin, end - begin)
 
 
 @inner
@@ -98,64 +93,63 @@ def linear(phase: Any, chunk: int, x: int) -> None:
         if low < high:
             _product(phase, matrix, low, high, x)
             if phase[at.FINISH] == at.ADD:
-                y, target = _floats(phase[matrix + at.Y], rows), _floats(phase[at.TARGET], rows)
-                for row in range(low, high):
-                    target[row] += y[row]
+                y = phase[matrix + at.Y] + 4 * low
+                add_to(y, phase[at.TARGET] + 4 * low, high - low)
         first += rows
 
 
 @inner
 def _rotated(
-    source: int, norm: int, eps: Any, cos: Any, sin: Any, room: int, target: int, width: int
-) -> Any:
+    source: int, norm: int, eps: Any, cos: int, sin: int, room: int, target: int, dim: int
+) -> None:
     """One head: its norm, if any, and the rotation by the position, written to `target`."""
-    dim = cos.size
-    raw, x, y = _floats(source, dim), _floats(room, width), _floats(target, dim)
-    for i in range(dim):
-        x[i] = raw[i]
-    x[dim:] = 0
     if norm:
+        for i in range(dim):
+            put(room, i, get(source, i))
+        for i in range(dim, (dim + LANES - 1) // LANES * LANES):
+            put(room, i, np.float32(0))
         normalise(room, norm, room, dim, eps)
+        source = room
     half = dim // 2
     for i in range(half):
-        y[i] = x[i] * cos[i] - x[i + half] * sin[i]
-    for i in range(half):
-        y[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half]
-    return y
+        left, right = get(source, i), get(source, i + half)
+        put(target, i, left * get(cos, i) - right * get(sin, i))
+        put(target, i + half, right * get(cos, i + half) + left * get(sin, i + half))
 
 
 @inner
-def _rounded(kind: int, values: Any, store: bool, address: int, step: int) -> None:
+def _keep(kind: int, values: int, count: int, store: bool, place: int, step: int) -> None:
     """Round `values` to the cache's dtype and, if `store`, put them `step` entries apart."""
-    for i in range(values.size):
-        place = address + i * step * _dense_size(kind)
+    for i in range(count):
+        value = get(values, i)
         if kind == F32:
             if store:
-                _floats(place, 1)[0] = values[i]
-            continue
-        if kind == BF16:
-            short = round_bf16(values[i])
-            wide = np.uint32(short) << np.uint32(16)
-            values[i] = np.uint32(wide).view(np.float32)
+                put(place, i * step, value)
+        elif kind == BF16:
+            short = round_bf16(value)
+            put(values, i, np.uint32(np.uint32(short) << np.uint32(16)).view(np.float32))
+            if store:
+                put(place, i * step, short)
         else:
-            short, values[i] = round_half(values[i])
-        if store:
-            carray(pointer_to(place, np.uint16), (1,))[0] = short
+            short, value = round_half(value)
+            put(values, i, value)
+            if store:
+                put(place, i * step, short)
 
 
 @inner
-def _cached(kind: int, keys: int, values: int, weights: int, shape: Any, work: Any) -> None:
-    """Scores of a head with its cached keys, or (`weights`) its values, weighed and summed."""
-    dim, width, blocks, count = shape
-    query, out = work
-    if not weights:
-        if kind == F16:
-            scores("F16", keys, query, out, dim, blocks)
-        elif kind == BF16:
-            scores("BF16", keys, query, out, dim, blocks)
-        else:
-            scores("F32", keys, query, out, dim, blocks)
-    elif kind == F16:
+def _score(kind: int, keys: int, query: int, out: int, dim: int, blocks: int) -> None:
+    if kind == F16:
+        scores("F16", keys, query, out, dim, blocks)
+    elif kind == BF16:
+        scores("BF16", keys, query, out, dim, blocks)
+    else:
+        scores("F32", keys, query, out, dim, blocks)
+
+
+@inner
+def _mix(kind: int, values: int, weights: int, out: int, width: int, count: int) -> None:
+    if kind == F16:
         mix("F16", values, weights, out, width, count)
     elif kind == BF16:
         mix("BF16", values, weights, out, width, count)
@@ -175,27 +169,23 @@ def attend(phase: Any, real: Any, head: int, position: int, own: int) -> None:
     stores = head % phase[at.SHARE] == 0
     room, query, key, value = own, own + 4 * width, own + 8 * width, own + 12 * width
     out, table = own + 16 * width, own + 4 * at.OWN_VECTORS * width
-    cos = _floats(phase[at.COS] + 4 * dim * position, dim)
-    sin = _floats(phase[at.SIN] + 4 * dim * position, dim)
-    _rotated(phase[at.Q] + 4 * head * dim, phase[at.Q_NORM], eps, cos, sin, room, query, width)
-    new_key = phase[at.K] + 4 * shared * dim
-    mine = _rotated(new_key, phase[at.K_NORM], eps, cos, sin, room, key, width)
-    new = _floats(value, dim)
-    new[:] = _floats(phase[at.V] + 4 * shared * dim, dim)
-    size, room_blocks = _dense_size(kind), phase[at.BLOCKS]
-    keys = phase[at.KEYS] + shared * room_blocks * LANES * dim * size
-    values = phase[at.VALUES] + shared * room_blocks * LANES * width * size
-    block, lane = divmod(position, LANES)
-    _rounded(kind, mine, stores, keys + (block * dim * LANES + lane) * size, LANES)
-    _rounded(kind, new, stores, values + position * width * size, 1)
-    shape = (dim, width, block + 1, position)
-    _cached(kind, keys, values, 0, shape, (query, table))
-    weights = _floats(table, (block + 1) * LANES)
-    weights[position] = dense_dot("F32", key, query, dim)
-    weights[position + 1 :] = -np.inf
-    total = softmax(table, block + 1, real[at.SCALE])
-    _cached(kind, keys, values, table, shape, (query, out))
-    mixed, result = _floats(out, dim), _floats(phase[at.OUT] + 4 * head * dim, dim)
-    last = weights[position]
+    cos, sin = phase[at.COS] + 4 * dim * position, phase[at.SIN] + 4 * dim * position
+    _rotated(phase[at.Q] + 4 * head * dim, phase[at.Q_NORM], eps, cos, sin, room, query, dim)
+    _rotated(phase[at.K] + 4 * shared * dim, phase[at.K_NORM], eps, cos, sin, room, key, dim)
     for i in range(dim):
-        result[i] = (mixed[i] + last * new[i]) / total
+        put(value, i, get(phase[at.V], shared * dim + i))
+    size, length = _dense_size(kind), phase[at.BLOCKS] * LANES
+    keys = phase[at.KEYS] + shared * length * dim * size
+    values = phase[at.VALUES] + shared * length * width * size
+    block, lane = position // LANES, position % LANES
+    _keep(kind, key, dim, stores, keys + (block * dim * LANES + lane) * size, LANES)
+    _keep(kind, value, dim, stores, values + position * width * size, 1)
+    _score(kind, keys, query, table, dim, block + 1)
+    put(table, position, dense_dot("F32", key, query, dim))
+    for i in range(position + 1, (block + 1) * LANES):
+        put(table, i, np.float32(-np.inf))
+    total = softmax(table, block + 1, real[at.SCALE])
+    _mix(kind, values, table, out, width, position)
+    last, result = get(table, position), phase[at.OUT] + 4 * head * dim
+    for i in range(dim):
+        put(result, i, (get(out, i) + last * get(value, i)) / total)
