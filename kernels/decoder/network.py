@@ -114,7 +114,6 @@ class Network:
     norm: Tensor
     head: Matrix
     eps: float
-    head_eps: float
     head_dim: int
     rotations: Callable[[int], tuple[Tensor, Tensor]]
 

@@ -144,7 +144,7 @@ class Program:
         row[at.CACHE] = KINDS[LUT_DTYPES[self._memory.dtype]]
         for field, norm in ((at.Q_NORM, layer.query_norm), (at.K_NORM, layer.key_norm)):
             row[field] = 0 if norm is None else norm.data_ptr()
-        self.reals[number, at.EPS] = self._network.head_eps
+        self.reals[number, at.EPS] = network.eps
         self.reals[number, at.SCALE] = layer.scale
 
 
