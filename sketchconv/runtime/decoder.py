@@ -42,7 +42,8 @@ class Decoder:
     other forward is the model's own. Activations are float32 whatever the model's dtype, and so
     are the logits. The model's weights must not change within the block; between blocks they may.
     Blocks may be nested and run in several threads. A copy of the model made within the block
-    would answer for the original: copy before.
+    would answer for the original: copy before. Between steps torch computes on one thread: waking
+    its pool for the little that is left to do took 150 ms per token on a busy machine.
 
     Args:
         model: a model for which `why_not` is None.
@@ -80,10 +81,11 @@ class Decoder:
     def __enter__(self) -> Decoder:
         if fingerprint(self.model) != self._fingerprint:
             self._refresh()
+        self._torch_threads = torch.get_num_threads()
         with _lock:
             count = _active.get(self.model, 0)
             if not count:
-                self.model.forward = _with_step(self.model)
+                self.model.forward = _with_step(self.model, self._torch_threads)
             _active[self.model] = count + 1
         return self
 
@@ -97,6 +99,7 @@ class Decoder:
             _active[self.model] -= 1
             if not _active[self.model]:
                 del self.model.forward, _active[self.model]
+        torch.set_num_threads(self._torch_threads)
 
 
 def describe(model: PreTrainedModel) -> str:
@@ -108,8 +111,8 @@ def describe(model: PreTrainedModel) -> str:
     return f"own decode loop, {choose().name} kernels, {threads} thread{'s' * (threads > 1)}"
 
 
-def _with_step(model: Any) -> Callable[..., Any]:
-    """The forward of `model` with the compiled step in it."""
+def _with_step(model: Any, threads: int) -> Callable[..., Any]:
+    """The forward of `model` with the compiled step in it; other forwards get torch's `threads`."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     original = type(model).forward
@@ -118,13 +121,20 @@ def _with_step(model: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if args or not isinstance(cache, DecoderCache) or not _is_step(model, cache, **kwargs):
+            _set_torch_threads(threads)
             return original(model, *args, **kwargs)
+        _set_torch_threads(1)
         logits = cache.session.step(int(kwargs["input_ids"]), cache.length)
         cache.length += 1
         return CausalLMOutputWithPast(logits=logits.view(1, 1, -1), past_key_values=cache)
 
     forward.is_compiled_step = True  # type: ignore[attr-defined]
     return forward
+
+
+def _set_torch_threads(threads: int) -> None:
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def _is_step(
