@@ -157,9 +157,9 @@ class Network:
             for norm in (layer.attention_norm, layer.feed_norm, self.norm):
                 if norm.numel() != padded(wide):
                     raise ValueError(f"a norm of {norm.numel()} weights for {wide} columns")
-            for norm in filter(None.__ne__, (layer.query_norm, layer.key_norm)):
-                if norm.numel() != padded(dim):
-                    raise ValueError(f"a norm of {norm.numel()} weights for heads of {dim}")
+            for head_norm in (layer.query_norm, layer.key_norm):
+                if head_norm is not None and head_norm.numel() != padded(dim):
+                    raise ValueError(f"a norm of {head_norm.numel()} weights for heads of {dim}")
 
 
 def _expect(matrix: Matrix, rows: int | None, columns: int) -> None:

@@ -120,11 +120,12 @@ def _with_step(model: Any, threads: int) -> Callable[..., Any]:
     @functools.wraps(original.__get__(model))
     def forward(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if args or not isinstance(cache, DecoderCache) or not _is_step(model, cache, **kwargs):
+        given = {**kwargs, "input_ids": args[0]} if len(args) == 1 else kwargs
+        if len(args) > 1 or not isinstance(cache, DecoderCache) or not _is_step(model, cache, **given):
             _set_torch_threads(threads)
             return original(model, *args, **kwargs)
         _set_torch_threads(1)
-        logits = cache.session.step(int(kwargs["input_ids"]), cache.length)
+        logits = cache.session.step(int(given["input_ids"]), cache.length)
         cache.length += 1
         return CausalLMOutputWithPast(logits=logits.view(1, 1, -1), past_key_values=cache)
 
