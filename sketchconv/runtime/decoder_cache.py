@@ -86,7 +86,8 @@ class DecoderLayer(CacheLayerMixin):
 class DecoderCache(Cache):
     """Keys and values of **one** sequence, for transformers' modules and the compiled step alike.
 
-    Make it with `Decoder.cache`. A forward that fails part of the way leaves the cache as it was.
+    Make it with `Decoder.cache`. A forward that fails
+    before the attention of its last layer leaves the cache as it was.
 
     Attributes:
         length: positions that are there.
