@@ -63,7 +63,9 @@ class Matrix:
         """Columns of the weight."""
         return self.weight.columns if isinstance(self.weight, Packed) else self.weight.shape[1]
 
-    def source(self, kernels: str | None, rows_only: bool = False) -> tuple[int, int, int, int, int]:
+    def source(
+        self, kernels: str | None, rows_only: bool = False
+    ) -> tuple[int, int, int, int, int]:
         """Kernel address, index, tables, groups and columns of a group; see `layout`.
 
         Args:

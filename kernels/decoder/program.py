@@ -146,5 +146,3 @@ class Program:
             row[field] = 0 if norm is None else norm.data_ptr()
         self.reals[number, at.EPS] = network.eps
         self.reals[number, at.SCALE] = layer.scale
-
-

@@ -121,7 +121,11 @@ def _with_step(model: Any, threads: int) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         given = {**kwargs, "input_ids": args[0]} if len(args) == 1 else kwargs
-        if len(args) > 1 or not isinstance(cache, DecoderCache) or not _is_step(model, cache, **given):
+        if (
+            len(args) > 1
+            or not isinstance(cache, DecoderCache)
+            or not _is_step(model, cache, **given)
+        ):
             _set_torch_threads(threads)
             return original(model, *args, **kwargs)
         _set_torch_threads(1)

@@ -117,7 +117,9 @@ def _loop(
         yield {}
         return
     with Decoder(model) as decoder:
-        yield {"past_key_values": decoder.cache(inputs["input_ids"].shape[1] + config.max_new_tokens)}
+        yield {
+            "past_key_values": decoder.cache(inputs["input_ids"].shape[1] + config.max_new_tokens)
+        }
 
 
 def _run(
