@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sketchconv.kernels.avx512_blocks import Block, blocks, by_bytes
 from sketchconv.kernels.avx512_ir import (
     I32,
     I64,
@@ -25,6 +26,7 @@ from sketchconv.kernels.avx512_ir import (
     field_bytes,
     keep_bytes,
     load,
+    load_byte_tables,
     load_bytes,
     load_tables,
     local,
@@ -33,99 +35,98 @@ from sketchconv.kernels.avx512_ir import (
     plane_bytes,
     plane_starts,
     pointer,
-    slots,
+    prefetch,
     splat,
     sum_lanes,
 )
+from sketchconv.kernels.avx512_order import padded
 from sketchconv.kernels.planes import fields
 
 PREFETCH_BYTES = 4096  # ahead of the reads: doubled the speed of layers that come from DRAM
+SUMS = 4  # running sums of a token: enough to keep the multipliers busy
 
 
-def _block_words(b: Any, address: Any, width: int, left: Any | None, bits: int) -> Any:
-    """16 little-endian words of one plane, widened to 32 bits; only `left` bytes are read."""
-    count = 2 * width * slots(bits)
-    kind = ir.VectorType(ir.IntType(count // 2), LANES)
-    if left is None:
-        raw = load(b, address, kind)
-    else:
-        raw = b.bitcast(load_bytes(b, address, count, left), kind)
-    return raw if count == 64 else b.zext(raw, VI32)
+def _prefetch_tables(b: Any, address: Any, size: int) -> None:
+    """Of later rows: for short rows LUTs are a large part of what is read."""
+    for line in range(0, size, 64):
+        prefetch(b, b.add(address, I64(PREFETCH_BYTES + line)))
 
 
 def _add_block(
-    b: Any, bits: int, tables: list[Any], planes: list[Any], xs: list[Any], sums: Any, tail: Any
+    b: Any, block: Block, tables: list[Any], planes: list[Any], xs: list[Any], sums: Any, left: Any
 ) -> None:
-    """`sums[token][slot % 4] += lut[code] * x` over one block.
+    """`sums[token][j % SUMS] += weight[j] * x[j]` over the vectors of one block.
 
-    `planes` and `xs` are addresses at the block's start; `tail` is the number of columns in a
+    `planes` and `xs` are addresses at the block's start; `left` is the number of columns in a
     last, short block, None in a full one.
     """
-    parts, first = [], 0
-    for width, address in zip(fields(bits), planes, strict=True):
-        left = None if tail is None else field_bytes(b, tail, width)
-        if tail is None:
-            ahead = pointer(b, b.add(address, I64(PREFETCH_BYTES)), ir.IntType(8))
-            call(b, "llvm.prefetch.p0", ir.VoidType(), [ahead, I32(0), I32(3), I32(1)])
-        parts.append((_block_words(b, address, width, left, bits), first))
-        first += width
-    for slot in range(slots(bits)):
-        code = merge(b, parts, [slot * width for width in fields(bits)])
-        weight = lookup(b, tables, code)
+    if left is None:
+        for address in planes:
+            prefetch(b, b.add(address, I64(PREFETCH_BYTES)))
+    for number, weight in enumerate(block.weights(b, tables, planes, left)):
         for token, x in enumerate(xs):
-            value = load(b, b.add(x, I64(4 * LANES * slot)), VF32)
-            total = sums[token][slot % len(sums[token])]
+            value = load(b, b.add(x, I64(4 * LANES * number)), VF32)
+            total = sums[token][number % SUMS]
             args = [weight, value, b.load(total)]
             b.store(call(b, "llvm.fma.v16f32", VF32, args), total)
 
 
 def _emit_group(
     b: Any,
-    bits: int,
+    plan: tuple[Block, ...],
     tables: list[Any],
-    starts: list[Any],
+    starts: list[tuple[Any, int]],
     x: Any,
     stride: Any,
     sums: Any,
     columns: Any,
 ) -> None:
-    """Add one group of one row to `sums`: full blocks, then the short one."""
-    size = LANES * slots(bits)
-    full, tail = b.udiv(columns, I64(size)), b.urem(columns, I64(size))
+    """Add one group of one row to `sums`; `starts` are (address, bits of a field) by plane."""
 
-    def add(number: Any, short: Any) -> None:
-        planes = [
-            b.add(start, b.mul(number, I64(size * width // 8)))
-            for start, width in zip(starts, fields(bits), strict=True)
-        ]
-        at = b.add(x, b.mul(number, I64(4 * size)))
-        xs = [b.add(at, b.mul(stride, I64(token))) for token in range(len(sums))]
-        _add_block(b, bits, tables, planes, xs, sums, short)
+    def planes_at(column: Any) -> list[Any]:
+        return [b.add(start, b.lshr(b.mul(column, I64(width)), I64(3))) for start, width in starts]
 
-    with cgutils.for_range(b, full) as loop:
-        add(loop.index, None)
-    with b.if_then(b.icmp_unsigned(">", tail, I64(0))):
-        add(full, tail)
+    def xs_at(column: Any) -> list[Any]:
+        first = b.add(x, b.mul(column, I64(4)))
+        return [b.add(first, b.mul(stride, I64(token))) for token in range(len(sums))]
+
+    done: Any = I64(0)
+    for block in plan:
+        size = I64(block.columns)
+        full = b.udiv(b.sub(columns, done), size)
+        with cgutils.for_range(b, full) as loop:
+            at = b.add(done, b.mul(loop.index, size))
+            _add_block(b, block, tables, planes_at(at), xs_at(at), sums, None)
+        done = b.add(done, b.mul(full, size))
+    left = b.sub(columns, done)
+    with b.if_then(b.icmp_unsigned(">", left, I64(0))):
+        _add_block(b, plan[-1], tables, planes_at(done), xs_at(done), sums, left)
 
 
-def _emit_row(b: Any, bits: int, lut: str, tokens: int, args: list[Any]) -> list[Any]:
+def _emit_row(b: Any, bits: int, lut: str, vbmi: int, tokens: int, args: list[Any]) -> list[Any]:
     """One output row for `tokens` activations; see `row_dots` for the arguments."""
     index, tables_at, x, stride, groups, columns = args
-    sums = [[local(b, VF32) for _ in range(4)] for _ in range(tokens)]
+    plan = blocks(bits, lut, bool(vbmi))
+    sums = [[local(b, VF32) for _ in range(SUMS)] for _ in range(tokens)]
     for total in (total for row in sums for total in row):
         b.store(ir.Constant(VF32, None), total)
     sizes = plane_bytes(b, bits, columns)
     group_bytes = sizes[0]
     for more in sizes[1:]:
         group_bytes = b.add(group_bytes, more)
-    size = LANES * slots(bits)
-    blocks = b.udiv(b.add(columns, I64(size - 1)), I64(size))
-    lut_bytes = I64(2**bits * (4 if lut == "F32" else 2))
+    room = b.mul(padded(b, plan, columns), I64(4))
+    lut_bytes = 2**bits * (4 if lut == "F32" else 2)
     with cgutils.for_range(b, groups) as group:
-        tables = load_tables(b, b.add(tables_at, b.mul(group.index, lut_bytes)), bits, lut)
+        at = b.add(tables_at, b.mul(group.index, I64(lut_bytes)))
+        _prefetch_tables(b, at, lut_bytes)
+        if by_bytes(bits, lut, bool(vbmi)):
+            tables = load_byte_tables(b, at, bits)
+        else:
+            tables = load_tables(b, at, bits, lut)
         starts = plane_starts(b, b.add(index, b.mul(group.index, group_bytes)), sizes)
-        x_group = b.add(x, b.mul(b.mul(group.index, blocks), I64(4 * size)))
-        _emit_group(b, bits, tables, starts, x_group, stride, sums, columns)
+        planes = list(zip(starts, fields(bits), strict=True))
+        x_group = b.add(x, b.mul(group.index, room))
+        _emit_group(b, plan, tables, planes, x_group, stride, sums, columns)
     return [sum_lanes(b, [b.load(total) for total in row]) for row in sums]
 
 
@@ -172,7 +173,8 @@ def _emit_decode(b: Any, bits: int, lut: str, out: str, args: list[Any]) -> None
             at = b.add(start, b.mul(number, I64(2 * width)))
             parts.append((_natural_codes(b, width, at, left), first))
             first += width
-        value = lookup(b, tables, merge(b, parts, [0] * len(parts)))
+        code = merge(b, parts, [0] * len(parts))
+        value = lookup(b, tables if bits > 3 else tables[:1], code)
         at = b.add(target, b.mul(number, I64(LANES * (2 if out == "BF16" else 4))))
         _store_values(b, value, at, out, short)
 
@@ -186,6 +188,7 @@ def _row_dots(
     typing: Any,
     bits: Any,
     lut: Any,
+    vbmi: Any,
     tokens: Any,
     index: Any,
     tables: Any,
@@ -194,19 +197,19 @@ def _row_dots(
     groups: Any,
     columns: Any,
 ) -> Any:
-    """Dot products of one row with 1 or 2 permuted activations, as a tuple of float32.
+    """Dot products of one row with 1, 2 or 4 permuted activations, as a tuple of float32.
 
     `index`, `tables` and `x` are the addresses of the row's codes, of its LUTs and of the
     activations, `stride` the bytes from one activation to the next, `columns` those of one group.
     """
-    static = (bits.literal_value, lut.literal_value, tokens.literal_value)
+    static = [kind.literal_value for kind in (bits, lut, vbmi, tokens)]
     tuple_type: Any = types.UniTuple
-    result = tuple_type(types.float32, static[2])
+    result = tuple_type(types.float32, tokens.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.make_tuple(builder, result, _emit_row(builder, *static, list(args[3:])))
+        return context.make_tuple(builder, result, _emit_row(builder, *static, list(args[4:])))
 
-    return result(bits, lut, tokens, *[types.int64] * 6), codegen
+    return result(bits, lut, vbmi, tokens, *[types.int64] * 6), codegen
 
 
 def _decode_group(

@@ -15,10 +15,12 @@ from sketchconv.kernels.planes import fields
 
 LANES = 16
 F32 = ir.FloatType()
+I8 = ir.IntType(8)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 VF32 = ir.VectorType(F32, LANES)
 VI32 = ir.VectorType(I32, LANES)
+V8 = ir.VectorType(I8, 64)
 
 
 def slots(bits: int) -> int:
@@ -54,7 +56,7 @@ def load(b: Any, address: Any, kind: ir.Type) -> Any:
     return b.load(pointer(b, address, kind), align=1)
 
 
-def _to_float32(b: Any, raw: Any, lut: str) -> Any:
+def to_float32(b: Any, raw: Any, lut: str) -> Any:
     """Lanes of a LUT's 16-bit or 32-bit carrier as float32 lanes."""
     lanes = raw.type.count
     floats = ir.VectorType(F32, lanes)
@@ -67,8 +69,27 @@ def _to_float32(b: Any, raw: Any, lut: str) -> Any:
     return b.bitcast(b.shl(b.zext(raw, wide), shift), floats)
 
 
+def prefetch(b: Any, address: Any) -> None:
+    """Bring the line of `address` into the cache; it need not be in any array."""
+    args = [pointer(b, address, I8), I32(0), I32(3), I32(1)]
+    call(b, "llvm.prefetch.p0", ir.VoidType(), args)
+
+
+def load_byte_tables(b: Any, address: Any, bits: int) -> list[Any]:
+    """The low bytes of a LUT of 64 or more 16-bit entries, then the high ones, 64 a register."""
+    pairs = [
+        [load(b, b.add(address, I64(first + half)), V8) for half in (0, 64)]
+        for first in range(0, 2 << bits, 128)
+    ]
+    orders = [ir.Constant(ir.VectorType(I32, 64), list(range(side, 128, 2))) for side in (0, 1)]
+    return [b.shuffle_vector(*pair, order) for order in orders for pair in pairs]
+
+
 def load_tables(b: Any, address: Any, bits: int, lut: str) -> list[Any]:
-    """The LUT of one group in registers of 16 float32; short LUTs are repeated to 16 entries."""
+    """The LUT of one group in registers of 16 float32; short LUTs are repeated to 16 entries.
+
+    1 to 3 bits: the first register is the LUT again and again, the others serve `blocks`.
+    """
     size = 4 if lut == "F32" else 2
     entries = 2**bits
     lanes = min(entries, LANES)
@@ -76,11 +97,22 @@ def load_tables(b: Any, address: Any, bits: int, lut: str) -> list[Any]:
     tables = []
     for first in range(0, entries, LANES):
         raw = load(b, b.add(address, I64(first * size)), raw_type)
-        tables.append(_to_float32(b, raw, lut))
-    if lanes < LANES:
-        order = ir.Constant(VI32, [i % lanes for i in range(LANES)])
-        tables = [b.shuffle_vector(tables[0], ir.Constant(tables[0].type, ir.Undefined), order)]
-    return tables
+        tables.append(to_float32(b, raw, lut))
+    if lanes == LANES:
+        return tables
+    empty = ir.Constant(tables[0].type, ir.Undefined)
+    return [b.shuffle_vector(tables[0], empty, ir.Constant(VI32, order)) for order in _SHORT[bits]]
+
+
+_SHORT = {  # entry of the LUT in each lane of each table, see the blocks in `avx512_blocks.py`
+    1: [[i >> code & 1 for i in range(LANES)] for code in range(4)],
+    2: [[i >> code & 3 for i in range(LANES)] for code in (0, 2)],
+    3: [
+        [i % 8 for i in range(LANES)],
+        [i >> 2 | (i & 1) << 2 for i in range(LANES)],
+        [i >> 2 | (i >> 1 & 1) << 2 for i in range(LANES)],
+    ],
+}
 
 
 def lookup(b: Any, tables: list[Any], code: Any) -> Any:

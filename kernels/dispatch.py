@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 AVX512_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+AVX2_FEATURES = ("avx2", "fma", "f16c")
 OLDEST_LLVM = 20  # the intrinsics are emitted in the spelling of opaque pointers
 OVERRIDES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")
 
@@ -65,6 +66,9 @@ class Decode(Protocol):
         """Run the kernel."""
 
 
+Kernels = tuple[Callable[[int, str], Multiply], Callable[[int, str, str], Decode]]
+
+
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """A candidate that cannot run here."""
@@ -75,7 +79,10 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The kernels to use: `multiply(bits, lut)` and `decode(bits, lut, out)` make them."""
+    """The kernels to use: `multiply(bits, lut)` and `decode(bits, lut, out)` make them.
+
+    What they make are Numba dispatchers: compiled code can call them as well.
+    """
 
     name: str
     reason: str
@@ -84,45 +91,65 @@ class Choice:
     decode: Callable[[int, str, str], Decode]
 
 
-def why_not_avx512() -> str | None:
-    """Why the AVX-512 kernels cannot run here; None where they can."""
-    for name in OVERRIDES:
-        if name in os.environ:  # an intrinsic that the target lacks ends the process
-            return f"{name} is set, and may name a CPU without AVX-512"
+@cache
+def cpu_features() -> frozenset[str]:
+    """LLVM's names of the features that this CPU has; none where they are not known."""
     import llvmlite.binding as llvm
 
-    if llvm.llvm_version_info[0] < OLDEST_LLVM:
-        return f"llvmlite carries LLVM {llvm.llvm_version_info[0]}, older than {OLDEST_LLVM}"
     try:
-        features = llvm.get_host_cpu_features()
+        found = llvm.get_host_cpu_features()
     except RuntimeError:
-        return "the features of this CPU are not known"
-    missing = [name for name in AVX512_FEATURES if not features.get(name)]
+        return frozenset()
+    return frozenset(name for name, has in found.items() if has)
+
+
+def why_not(needs: tuple[str, ...], features: frozenset[str] | None = None) -> str | None:
+    """Why kernels that use the CPU features `needs` cannot run here; None where they can.
+
+    `features` are those of the CPU; None asks it.
+    """
+    for name in OVERRIDES if needs else ():
+        if name in os.environ:  # an intrinsic that the target lacks ends the process
+            return f"{name} is set, and may name a CPU without {', '.join(needs)}"
+    import llvmlite.binding as llvm
+
+    if needs and llvm.llvm_version_info[0] < OLDEST_LLVM:
+        return f"llvmlite carries LLVM {llvm.llvm_version_info[0]}, older than {OLDEST_LLVM}"
+    has = cpu_features() if features is None else features
+    missing = [name for name in needs if name not in has]
     return f"this CPU lacks {', '.join(missing)}" if missing else None
 
 
-def _avx512() -> dict[str, Any]:
+def _avx512(features: frozenset[str]) -> Kernels:
     from sketchconv.kernels import gemv_avx512 as kernels
 
-    return {"multiply": kernels.multiply_kernel, "decode": kernels.decode_kernel}
+    vbmi = "avx512vbmi" in features
+    return lambda bits, lut: kernels.multiply_kernel(bits, lut, vbmi), kernels.decode_kernel
 
 
-def _portable() -> dict[str, Any]:
+def _avx2(features: frozenset[str]) -> Kernels:
+    from sketchconv.kernels import gemv_avx2 as kernels
+
+    return kernels.multiply_kernel, kernels.decode_kernel
+
+
+def _portable(features: frozenset[str]) -> Kernels:
     from sketchconv.kernels import gemv_portable as kernels
 
-    return {"multiply": cache(kernels.multiply_kernel), "decode": cache(kernels.decode_kernel)}
+    return kernels.multiply_kernel, kernels.decode_kernel
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    why_not: Callable[[], str | None]
-    load: Callable[[], dict[str, Any]]
+    needs: tuple[str, ...]
+    load: Callable[[frozenset[str]], Kernels]
     reason: str
 
 
 _CANDIDATES = {
-    "avx512": _Candidate(why_not_avx512, _avx512, "look-ups in AVX-512 registers"),
-    "portable": _Candidate(lambda: None, _portable, "plain Numba, for every CPU"),
+    "avx512": _Candidate(AVX512_FEATURES, _avx512, "look-ups in AVX-512 registers"),
+    "avx2": _Candidate(AVX2_FEATURES, _avx2, "look-ups in AVX2 registers"),
+    "portable": _Candidate((), _portable, "plain Numba, for every CPU"),
 }
 
 
@@ -130,18 +157,27 @@ _CANDIDATES = {
 def choose(force: str | None = None) -> Choice:
     """The first candidate that can run here, or the one named by `force`.
 
+    ``"avx512-avx512vbmi"`` forces the AVX-512 kernels as they are on a CPU that lacks the feature
+    after the hyphen.
+
     Raises:
         ValueError: `force` names no candidate, or one that cannot run here.
     """
-    if force is not None and force not in _CANDIDATES:
+    forced, *without = (force or "").split("-")
+    if force is not None and forced not in _CANDIDATES:
         raise ValueError(f"no kernels named {force!r}; known: {', '.join(_CANDIDATES)}")
+    features = cpu_features() - set(without)
     rejected: list[Rejected] = []
     for name, candidate in _CANDIDATES.items():
-        if force is not None and name != force:
-            rejected.append(Rejected(name, f"{force} was asked for"))
+        if forced not in ("", name):
+            rejected.append(Rejected(name, f"{forced} was asked for"))
             continue
-        reason = candidate.why_not()
+        reason = why_not(candidate.needs, features)
         if reason is None:
-            return Choice(name, candidate.reason, tuple(rejected), **candidate.load())
+            multiply, decode = candidate.load(features)
+            reason = candidate.reason
+            if name == "avx512" and "avx512vbmi" not in features:
+                reason += ", without AVX512-VBMI"
+            return Choice(name, reason, tuple(rejected), multiply, decode)
         rejected.append(Rejected(name, reason))
-    raise ValueError("; ".join(f"{r.name}: {r.reason}" for r in rejected if r.name == force))
+    raise ValueError("; ".join(f"{r.name}: {r.reason}" for r in rejected if r.name == forced))

@@ -8,39 +8,38 @@ from typing import Any
 import numpy as np
 
 from sketchconv.kernels.avx512 import decode_group, row_dots
-from sketchconv.kernels.avx512_ir import LANES, slots
+from sketchconv.kernels.avx512_blocks import by_bytes
+from sketchconv.kernels.avx512_order import arrange, padded_columns
 from sketchconv.kernels.entries import round_bf16
 from sketchconv.kernels.jit import jit
 from sketchconv.kernels.planes import fields
 from sketchconv.kernels.pointers import carray, pointer_to
 
 ALIGNMENT = 64
+TILE_ROWS = 16  # rows that pass by each group of activations while these stay in the first cache
+MANY_BYTES = 1 << 15  # activations that stay there; beyond, 2 at once are faster than 4
 
 
-@jit
-def _permute(x: int, half: bool, tokens: int, groups: int, columns: int, deep: int) -> Any:
-    """Activations as float32 in the order of the lanes, each group padded with zeros to blocks.
+@cache
+def _arranger(bits: int, lut: str, vbmi: int) -> Any:
+    """Function that gives activations as float32 in the order of the blocks.
 
-    Column `16 * deep * block + deep * lane + slot` of a group goes to
-    `16 * deep * block + 16 * slot + lane`. The result starts at a multiple of 64 bytes.
+    Each group is padded with zeros to whole blocks. The result starts at a multiple of 64 bytes.
     """
-    size = LANES * deep
-    blocks = (columns + size - 1) // size
-    room = np.zeros(tokens * groups * blocks * size + ALIGNMENT // 4, np.float32)
-    skip = (-room.ctypes.data % ALIGNMENT) // 4
-    target = room[skip : skip + tokens * groups * blocks * size]
-    words = target.view(np.uint32)
-    total = tokens * groups * columns
-    raw32 = carray(pointer_to(x, np.uint32), (total,))
-    raw16 = carray(pointer_to(x, np.uint16), (total,))
-    for group in range(tokens * groups):
-        for column in range(columns):
-            block, inner = divmod(column, size)
-            lane, slot = divmod(inner, deep)
-            at = (group * blocks + block) * size + slot * LANES + lane
-            source = group * columns + column
-            words[at] = np.uint32(raw16[source]) << np.uint32(16) if half else raw32[source]
-    return target
+
+    @jit
+    def arranged(x: int, half: bool, tokens: int, groups: int, columns: int) -> Any:
+        size = tokens * groups * padded_columns(bits, lut, vbmi, columns)
+        room = np.empty(size + ALIGNMENT // 4, np.float32)
+        skip = (-room.ctypes.data % ALIGNMENT) // 4
+        target = room[skip : skip + size]
+        if half:
+            arrange(bits, lut, vbmi, 1, x, target.ctypes.data, tokens * groups, columns)
+        else:
+            arrange(bits, lut, vbmi, 0, x, target.ctypes.data, tokens * groups, columns)
+        return target
+
+    return arranged
 
 
 @jit
@@ -52,9 +51,10 @@ def _put(y: int, at: int, value: Any, half: bool) -> None:
 
 
 @cache
-def multiply_kernel(bits: int, lut: str) -> Any:
+def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
     """Kernel of `y = x @ W.T`; its arguments are listed at `dispatch.Multiply`."""
-    deep = slots(bits)
+    fast = int(vbmi and (bits == 3 or by_bytes(bits, lut, vbmi)))
+    arranged = _arranger(bits, lut, fast)
     lut_bytes = 2**bits * (4 if lut == "F32" else 2)
     widths = fields(bits)
 
@@ -72,23 +72,39 @@ def multiply_kernel(bits: int, lut: str) -> Any:
         groups: int,
         columns: int,
     ) -> None:
-        activations = _permute(x, half, tokens, groups, columns, deep)
+        if tokens == 0:
+            return
+        activations = arranged(x, half, tokens, groups, columns)
         row_bytes = 0
         for width in widths:
             row_bytes += groups * ((columns * width + 7) // 8)
         stride = 4 * (activations.size // tokens)
-        for row in range(begin, end):
-            codes = index + row * row_bytes
-            luts = tables + row * groups * lut_bytes
-            for token in range(0, tokens - 1, 2):
-                at = activations.ctypes.data + token * stride
-                two = row_dots(bits, lut, 2, codes, luts, at, stride, groups, columns)
-                _put(y, token * rows + row, two[0], half)
-                _put(y, (token + 1) * rows + row, two[1], half)
-            if tokens % 2:
-                at = activations.ctypes.data + (tokens - 1) * stride
-                one = row_dots(bits, lut, 1, codes, luts, at, stride, groups, columns)
-                _put(y, (tokens - 1) * rows + row, one[0], half)
+        first = np.int64(activations.ctypes.data)
+        many = 4 if 4 * stride <= MANY_BYTES else 2
+        for tile in range(begin, end, TILE_ROWS):
+            last = min(tile + TILE_ROWS, end)
+            token = 0
+            while token < tokens:
+                count = many if token + many <= tokens else 2 if token + 2 <= tokens else 1
+                at = first + token * stride
+                for row in range(tile, last):
+                    codes = index + row * row_bytes
+                    luts = tables + row * groups * lut_bytes
+                    to = token * rows + row
+                    if count == 1:
+                        one = row_dots(bits, lut, fast, 1, codes, luts, at, stride, groups, columns)
+                        _put(y, to, one[0], half)
+                    elif count == 2:
+                        two = row_dots(bits, lut, fast, 2, codes, luts, at, stride, groups, columns)
+                        _put(y, to, two[0], half)
+                        _put(y, to + rows, two[1], half)
+                    else:
+                        four = row_dots(
+                            bits, lut, fast, 4, codes, luts, at, stride, groups, columns
+                        )
+                        for part in range(4):
+                            _put(y, to + part * rows, four[part], half)
+                token += count
 
     return multiply
 

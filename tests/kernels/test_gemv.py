@@ -17,11 +17,19 @@ from sketchconv.kernels import dequantize, dispatch, gemv, reference_linear
 from sketchconv.kernels.packed import Packed
 from sketchconv.kernels.planes import pack_rows, packed_size
 
-AVX512 = pytest.param(
-    "avx512",
-    marks=pytest.mark.skipif(
-        dispatch.why_not_avx512() is not None, reason=f"avx512: {dispatch.why_not_avx512()}"
-    ),
+
+def candidate(name, needs):
+    reason = dispatch.why_not(needs)
+    skip = pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")
+    return pytest.param(name, marks=skip)
+
+
+VBMI = "avx512vbmi"
+KERNELS = (
+    candidate("avx512", (*dispatch.AVX512_FEATURES, VBMI)),
+    candidate(f"avx512-{VBMI}", dispatch.AVX512_FEATURES),
+    candidate("avx2", dispatch.AVX2_FEATURES),
+    "portable",
 )
 LUTS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # rows, groups, columns: below one block, tails of every plane, several groups, several blocks
@@ -59,7 +67,7 @@ def test_the_reference_decodes_what_was_packed(bits):
     assert (dense(matrix) == np.array(expected)).all()
 
 
-@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_products_match_the_reference(kernel, bits):
     for shape in SHAPES:
@@ -76,7 +84,7 @@ def test_products_match_the_reference(kernel, bits):
             assert y.shape == (tokens, shape[0])
 
 
-@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_rows_are_decoded_exactly(kernel, bits):
     for shape in SHAPES:
@@ -90,7 +98,7 @@ def test_rows_are_decoded_exactly(kernel, bits):
         assert torch.equal(dequantize.gather(matrix, ids, kernel=kernel), expected[ids])
 
 
-@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("lut", LUTS)
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_every_lut_dtype_is_exact(kernel, lut, bits):
@@ -108,7 +116,7 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("lut", LUTS)
 @pytest.mark.parametrize("bits", [3, 8])
 def test_nan_and_infinity_stay_what_they_are(kernel, lut, bits):
@@ -149,7 +157,7 @@ def test_threads_hold_the_arrays_to_which_they_have_addresses(monkeypatch):
     assert all(watch() is not None for watch in watched)
 
 
-@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_bfloat16_and_float16_activations(kernel):
     _, matrix = make(4, 33, 1, 576)
     x = torch.randn(3, 576, generator=torch.Generator().manual_seed(0))
@@ -165,7 +173,7 @@ def test_bfloat16_and_float16_activations(kernel):
         assert ((y.double() - exact).abs() <= exact.abs() * unit + 2 * slack).all()
 
 
-@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_token_has_the_result_that_it_has_alone(kernel, bits):
     _, matrix = make(bits, 40, 2, 300)
@@ -175,7 +183,7 @@ def test_a_token_has_the_result_that_it_has_alone(kernel, bits):
         assert torch.equal(together[token], gemv.multiply(matrix, x[token], kernel))
 
 
-@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_threads_and_spans_do_not_change_a_bit(kernel, monkeypatch):
     _, matrix = make(4, 101, 1, 200)
     x = torch.randn(2, 200, generator=torch.Generator().manual_seed(2))
@@ -192,7 +200,7 @@ def test_threads_and_spans_do_not_change_a_bit(kernel, monkeypatch):
             assert all(torch.equal(run.result(), serial) for run in runs)
 
 
-@pytest.mark.parametrize("kernel", [AVX512, "portable"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_many_tokens_go_through_tiles(kernel, monkeypatch):
     _, matrix = make(3, 70, 3, 96)
     monkeypatch.setattr(gemv, "TILE_ROWS", 32)
@@ -255,10 +263,10 @@ def run_python(code, folder, **environment):
 
 def test_a_choice_carries_its_reasons():
     choice = dispatch.choose()
-    assert choice.name in ("avx512", "portable")
+    assert choice.name in ("avx512", "avx2", "portable")
     assert choice.reason
     forced = dispatch.choose("portable")
-    assert [r.name for r in forced.rejected] == ["avx512"]
+    assert [r.name for r in forced.rejected] == ["avx512", "avx2"]
     assert "was asked for" in forced.rejected[0].reason
     with pytest.raises(ValueError, match="no kernels named 'cuda'"):
         dispatch.choose("cuda")
@@ -267,7 +275,7 @@ def test_a_choice_carries_its_reasons():
 @pytest.mark.parametrize("name", dispatch.OVERRIDES)
 def test_numba_overrides_choose_the_portable_path(monkeypatch, name):
     monkeypatch.setenv(name, "generic")
-    assert name in dispatch.why_not_avx512()
+    assert name in dispatch.why_not(dispatch.AVX512_FEATURES)
 
 
 def test_a_generic_cpu_runs_the_portable_path(tmp_path):
