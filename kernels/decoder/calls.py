@@ -14,9 +14,7 @@ from numba.extending import intrinsic
 
 from sketchconv.kernels.decoder.ir import I8, I64, pointer
 
-I1 = ir.IntType(1)
-_FLAG_AT = 6  # `half` among the arguments of `dispatch.Multiply`
-MULTIPLY = types.void(*[types.boolean if i == _FLAG_AT else types.int64 for i in range(11)])
+MULTIPLY = types.void(*[types.int64] * 11)  # `half` too, so that one compiled form serves all
 DECODE = types.void(*[types.int64] * 8)
 
 
@@ -46,8 +44,8 @@ def _multiply_at(
     """Call the kernel at `address` for one float32 token; arguments as in `dispatch.Multiply`."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(I8.as_pointer(), [I64] * 6 + [I1] + [I64] * 4)
-        values = [*args[1:7], I1(0), I64(1), *args[7:]]
+        kind = ir.FunctionType(I8.as_pointer(), [I64] * 11)
+        values = [*args[1:7], I64(0), I64(1), *args[7:]]
         b.call(pointer(b, args[0], kind), values)
         return context.get_dummy_value()
 

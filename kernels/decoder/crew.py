@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -31,7 +31,7 @@ class Crew:
         self.lock = Lock()
         self._helpers: list[Helper] = []
 
-    def call(self, jobs: list[Job]) -> None:
+    def call(self, jobs: Sequence[Job]) -> None:
         """Start each job on a helper of its own; whoever calls holds `lock`."""
         while len(self._helpers) < len(jobs):
             self._helpers.append(Helper(len(self._helpers) + 1))

@@ -6,12 +6,14 @@ instruction where the CPU has it, a product and a sum elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
 
 LANES = 16
+VECTOR = 4 * LANES  # bytes of 16 float32
 F32 = ir.FloatType()
 I8 = ir.IntType(8)
 I16 = ir.IntType(16)
@@ -75,6 +77,49 @@ def local(b: Any, kind: ir.Type) -> Any:
     """A variable of the function; LLVM keeps it in a register."""
     allocate: Any = cgutils.alloca_once
     return allocate(b, kind)
+
+
+def at(b: Any, address: Any, number: Any, size: int) -> Any:
+    """Address of entry `number` where entries take `size` bytes."""
+    return b.add(address, b.mul(number, I64(size)))
+
+
+def loop(b: Any, count: Any, body: Callable[[Any], None]) -> None:
+    """Emit ``for number in range(count): body(number)``."""
+    with cgutils.for_range(b, count) as made:
+        body(made.index)
+
+
+def vectors(b: Any, columns: Any) -> Any:
+    """Vectors of 16 that `columns` entries take."""
+    return b.udiv(b.add(columns, I64(LANES - 1)), I64(LANES))
+
+
+def accumulate(
+    b: Any,
+    count: Any,
+    add: Callable[[Any, Any], None],
+    before: Callable[[Any], None] | None = None,
+) -> Any:
+    """Sum over ``range(count)`` as 16 lanes, in four running sums, so that none waits for another.
+
+    `add` gets a number and the variable to add to; `before` the number before every four.
+    """
+    sums = zeros(b, 4)
+    fours = b.udiv(count, I64(4))
+
+    def four(number: Any) -> None:
+        first = b.mul(number, I64(4))
+        if before is not None:
+            before(first)
+        for i, total in enumerate(sums):
+            add(b.add(first, I64(i)), total)
+
+    loop(b, fours, four)
+    done = b.mul(fours, I64(4))
+    loop(b, b.sub(count, done), lambda i: add(b.add(done, i), sums[0]))
+    one, two, three, last = (b.load(total) for total in sums)
+    return b.fadd(b.fadd(one, two), b.fadd(three, last))
 
 
 def zeros(b: Any, count: int) -> list[Any]:
@@ -148,11 +193,3 @@ def fold(b: Any, value: Any, join: Any) -> Any:
         )
         value = join(low, high)
     return b.extract_element(value, I32(0))
-
-
-def sum_all(b: Any, variables: list[Any]) -> Any:
-    """Sum of the lanes of several variables of 16 floats (their number is a power of two)."""
-    values = [b.load(variable) for variable in variables]
-    while len(values) > 1:
-        values = [b.fadd(x, y) for x, y in zip(values[::2], values[1::2], strict=True)]
-    return fold(b, values[0], b.fadd)

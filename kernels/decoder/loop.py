@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from sketchconv.kernels.decoder import layout as at
 from sketchconv.kernels.decoder.atomics import fetch_add, give_way, pause, read, write
 from sketchconv.kernels.decoder.lanes import normalise

@@ -64,7 +64,7 @@ class Memory:
         self.values[layer, :, first : first + keys.shape[1], : self.dim] = values.to(self.dtype)
 
     def get(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
-        """Keys (a copy) and values (a view) of the first `count` positions, as ``[heads, count, dim]``."""
+        """Keys (a copy) and values (a view) of `count` positions, each ``[heads, count, dim]``."""
         blocks = -(-count // LANES)
         keys = self.keys[layer, :, :blocks].transpose(2, 3).reshape(self._shape[1], -1, self.dim)
         return keys[:, :count], self.values[layer, :, :count, : self.dim]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sketchconv.kernels.decoder import layout as at
+from sketchconv.kernels.decoder.attention import mix, scores, softmax
 from sketchconv.kernels.decoder.calls import decode_at, multiply_at
 from sketchconv.kernels.decoder.halves import round_half
 from sketchconv.kernels.decoder.ir import LANES
@@ -16,11 +17,8 @@ from sketchconv.kernels.decoder.lanes import (
     dense_row,
     gate,
     get,
-    mix,
     normalise,
     put,
-    scores,
-    softmax,
 )
 from sketchconv.kernels.entries import BF16, F16, F32, round_bf16
 from sketchconv.kernels.jit import inner

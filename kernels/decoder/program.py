@@ -13,9 +13,9 @@ from sketchconv.kernels.decoder.network import Layer, Matrix, Network, padded
 from sketchconv.kernels.entries import KINDS
 from sketchconv.kernels.packed import LUT_DTYPES
 
-# A chunk has at least this many weights, and a thread at most so many chunks of a phase: smaller
-# ones start more kernels than an even split gains.
-SMALLEST_CHUNK = 1 << 15
+# Small chunks start more kernels than an even split gains; a large one keeps the others waiting
+# where its thread loses its core.
+SMALLEST_CHUNK, LARGEST_CHUNK = 1 << 15, 1 << 20  # weights
 CHUNKS_PER_THREAD = 2
 
 
@@ -130,7 +130,8 @@ class Program:
         """Rows of a chunk, whole vectors of results, and the number of chunks."""
         wanted = 1
         if self._threads > 1:
-            wanted = max(min(self._threads * CHUNKS_PER_THREAD, weights // SMALLEST_CHUNK), 1)
+            many = max(self._threads * CHUNKS_PER_THREAD, weights // LARGEST_CHUNK)
+            wanted = max(min(many, weights // SMALLEST_CHUNK), 1)
         step = padded(-(-rows // wanted))
         return step, -(-rows // step)
 

@@ -77,7 +77,7 @@ class Session:
             self._make_own()
 
     def step(self, token: int, position: int) -> Tensor:
-        """Logits, float32 ``[vocabulary]``, after `token` at `position`; its key and value are kept.
+        """Logits, float32 ``[vocabulary]``, after `token` at `position`; its key and value stay.
 
         Raises:
             ValueError: there is no such token, or the position is negative.

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-
 NOT_WANTED = "transformers' loop, as asked"
 
 

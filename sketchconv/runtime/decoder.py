@@ -22,11 +22,15 @@ from sketchconv.kernels.dispatch import choose
 from sketchconv.runtime.decoder_cache import DecoderCache
 from sketchconv.runtime.decoder_network import fingerprint, network_of
 from sketchconv.runtime.decoder_support import why_not
+from sketchconv.runtime.modules import SketchModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Decoder", "DecoderCache", "describe", "why_not"]
+__all__ = ["Decoder", "DecoderCache", "default_threads", "describe", "why_not"]
+
+# Weights of a token; below, waking a thread takes longer than it helps.
+SHARED_WEIGHTS = 1 << 22
 
 _lock = Lock()
 _active: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -47,7 +51,8 @@ class Decoder:
 
     Args:
         model: a model for which `why_not` is None.
-        threads: how many threads share a token; None takes torch's number. No result depends on it.
+        threads: how many threads share a token; None takes `default_threads`. No result depends on
+            it.
         kernels: name of the kernels (`dispatch.choose`); None takes the fastest.
 
     Raises:
@@ -61,7 +66,7 @@ class Decoder:
         if reason is not None:
             raise ValueError(f"this model cannot be decoded by the compiled loop: {reason}")
         self.model = model
-        self.threads = torch.get_num_threads() if threads is None else threads
+        self.threads = default_threads(model) if threads is None else threads
         self._kernels = kernels
         self._refresh()
 
@@ -102,12 +107,22 @@ class Decoder:
         torch.set_num_threads(self._torch_threads)
 
 
+def default_threads(model: PreTrainedModel) -> int:
+    """Threads for a token: torch's number, but one where there is too little to share."""
+    weights = sum(
+        module.rows * module.columns if isinstance(module, SketchModule) else module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, SketchModule | torch.nn.Linear)
+    )
+    return torch.get_num_threads() if weights >= SHARED_WEIGHTS else 1
+
+
 def describe(model: PreTrainedModel) -> str:
     """Which loop `generate.stream` decodes with, and why, in a few words."""
     reason = why_not(model)
     if reason is not None:
         return f"transformers' loop: {reason}"
-    threads = torch.get_num_threads()
+    threads = default_threads(model)
     return f"own decode loop, {choose().name} kernels, {threads} thread{'s' * (threads > 1)}"
 
 
@@ -121,10 +136,11 @@ def _with_step(model: Any, threads: int) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         given = {**kwargs, "input_ids": args[0]} if len(args) == 1 else kwargs
-        if (
-            len(args) > 1
-            or not isinstance(cache, DecoderCache)
-            or not _is_step(model, cache, **given)
+        if not (
+            len(args) <= 1
+            and isinstance(cache, DecoderCache)
+            and _asks_for_logits(model, **given)
+            and _follows(cache.length, **given)
         ):
             _set_torch_threads(threads)
             return original(model, *args, **kwargs)
@@ -142,39 +158,46 @@ def _set_torch_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _is_step(
+def _asks_for_logits(
     model: Any,
-    cache: DecoderCache,
+    *,
+    use_cache: bool | None = None,
+    return_dict: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    past_key_values: Any = None,
+    **others: Any,
+) -> bool:
+    """Whether a call asks for logits alone, with nothing that the compiled step does not know."""
+    config = model.config
+    if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled("cpu"):
+        return False
+    if use_cache is False or return_dict is False or not isinstance(logits_to_keep, int):
+        return False
+    if any(value is not None and value is not False for value in others.values()):
+        return False
+    return config.return_dict and not (config.output_attentions or config.output_hidden_states)
+
+
+def _follows(
+    length: int,
     *,
     input_ids: Tensor | None = None,
     attention_mask: Any = None,
     position_ids: Tensor | None = None,
-    use_cache: bool | None = None,
-    logits_to_keep: int | Tensor = 0,
-    past_key_values: Any = None,
     **others: Any,
 ) -> bool:
-    """Whether a call is one token that follows what is in the cache, and asks for logits alone."""
-    if input_ids is None or input_ids.shape != (1, 1) or use_cache is False:
+    """Whether a call is for one token that comes right after `length` others, all of them seen."""
+    if input_ids is None or input_ids.shape != (1, 1):
         return False
-    if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled("cpu"):
-        return False
-    if others.get("return_dict") is False or not isinstance(logits_to_keep, int):
-        return False
-    if any(value and name != "return_dict" for name, value in others.items()):
-        return False
-    config = model.config
-    if config.output_attentions or config.output_hidden_states or not config.return_dict:
-        return False
-    if position_ids is not None and (
-        position_ids.shape != (1, 1) or int(position_ids) != cache.length
-    ):
+    if position_ids is not None and (position_ids.shape != (1, 1) or int(position_ids) != length):
         return False
     if attention_mask is None:
         return True
-    shape = (1, cache.length + 1)
     return (
         isinstance(attention_mask, Tensor)
-        and attention_mask.shape == shape
+        and attention_mask.shape == (1, length + 1)
         and bool(attention_mask.all())
     )

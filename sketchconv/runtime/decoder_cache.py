@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from sketchconv.kernels.decoder.session import Session
 
 
-class DecoderLayer(CacheLayerMixin):
+class DecoderLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a `DecoderCache`."""
 
     is_croppable = True

@@ -93,7 +93,7 @@ def _modules(model: Any, family: str) -> str | None:
 
 def _own_forward(kind: Any) -> bool:
     """Whether a class of transformers has the forward that was written for it."""
-    return getattr(kind.forward, "__module__", None) == kind.__module__
+    return bool(getattr(kind.forward, "__module__", None) == kind.__module__)
 
 
 def _state(model: Any, family: str) -> str | None:

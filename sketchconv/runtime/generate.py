@@ -110,7 +110,7 @@ def _config(
 def _loop(
     model: PreTrainedModel, inputs: dict[str, Any], config: Any, own_loop: bool
 ) -> Iterator[dict[str, Any]]:
-    """The compiled loop, as long as the context lasts, and the cache that `generate` needs for it."""
+    """The compiled loop while the context lasts, and the cache that `generate` needs for it."""
     from sketchconv.runtime.decoder import Decoder, why_not
 
     if not own_loop or why_not(model) is not None:

@@ -1,4 +1,4 @@
-"""`generate` of transformers with the compiled step in it: the same texts, and nothing left behind."""
+"""`generate` of transformers with the compiled step in it: same texts, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from transformers import GenerationConfig
 
 from sketchconv.kernels.decoder.session import Session
-from sketchconv.runtime.decoder import Decoder, describe
+from sketchconv.kernels.dispatch import choose
+from sketchconv.runtime import decoder
+from sketchconv.runtime.decoder import Decoder, default_threads, describe
 from sketchconv.runtime.decoder_cache import DecoderCache
 
 PROMPT = torch.randint(3, 140, (1, 9), generator=torch.Generator().manual_seed(1))
@@ -213,5 +215,16 @@ def test_weights_that_changed_between_blocks(pair):
 def test_description(pair):
     model = pair().model
     torch.set_num_threads(2)
-    assert describe(model).startswith("own decode loop, ")
+    assert describe(model) == f"own decode loop, {choose().name} kernels, 1 thread"
     assert describe(model.train()) == "transformers' loop: the model is in training mode"
+
+
+def test_small_models_get_one_thread(pair, monkeypatch):
+    model = pair(embeddings=True, head=True).model
+    torch.set_num_threads(2)
+    assert default_threads(model) == 1
+    used = 64 * (64 * 2 + 32 * 2) * 2 + 64 * 96 * 3 * 2 + 151 * 64 * 2  # a tied head would share
+    monkeypatch.setattr(decoder, "SHARED_WEIGHTS", used)
+    assert default_threads(model) == 2
+    monkeypatch.setattr(decoder, "SHARED_WEIGHTS", used + 1)
+    assert default_threads(model) == 1

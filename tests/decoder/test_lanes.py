@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sketchconv.kernels.decoder import lanes
+from sketchconv.kernels.decoder import attention, lanes
 from sketchconv.kernels.decoder.halves import round_half
 from sketchconv.kernels.decoder.memory import Memory
 from sketchconv.kernels.decoder.network import floats, padded
@@ -28,7 +28,7 @@ def compiled():
 
     def make(name, kind=None):
         if (name, kind) not in made:
-            function = getattr(lanes, name)
+            function = getattr(attention if name in ("scores", "mix", "softmax") else lanes, name)
             counts = {"dense_dot": 3, "dense_row": 3, "scores": 5, "mix": 5, "softmax": 3}
             counts |= {"normalise": 5, "gate": 4, "add_to": 3}
             names = ", ".join("abcde"[: counts[name]])

@@ -112,11 +112,14 @@ def test_memory_grows_beyond_its_capacity(pair):
     assert torch.equal(short, logits_of_steps(made.model, TOKENS, capacity=64))
 
 
-@pytest.mark.parametrize("kernels", ["avx512"])
-def test_forced_kernels(pair, kernels):
-    if dispatch.why_not_avx512() is not None:
-        pytest.skip(str(dispatch.why_not_avx512()))
-    made = pair()
+@pytest.mark.parametrize("kernels", ["avx512", "avx512-avx512vbmi", "avx2", "portable"])
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 4, "groups": 2}, {"bits": 8}], ids=str)
+def test_forced_kernels(pair, kernels, options):
+    try:
+        dispatch.choose(kernels)
+    except ValueError as error:
+        pytest.skip(str(error))
+    made = pair(embeddings=True, **options)
     ours, theirs = errors(made, logits_of_steps(made.model, TOKENS, kernels=kernels), TOKENS)
     assert 0 < ours <= 2 * theirs
 
