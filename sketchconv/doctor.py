@@ -53,10 +53,11 @@ class GpuDevice:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What torch was built for, and the devices that it sees."""
+    """What torch was built for, the devices that it sees, and why none of ours runs without any."""
 
     torch_build: str
     devices: tuple[GpuDevice, ...]
+    why_not: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +165,16 @@ def find_gpu() -> Gpu:
     """The GPUs that torch sees, and whether our kernels run on them."""
     import torch
 
+    from sketchconv.kernels.gpu import support
+
     build = "the CPU only"
     if torch.version.cuda:
         build = f"CUDA {torch.version.cuda}"
     elif getattr(torch.version, "hip", None):
         build = f"ROCm {torch.version.hip}"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return Gpu(build, tuple(_gpu_device(n) for n in range(count)))
+    devices = tuple(_gpu_device(number) for number in range(count))
+    return Gpu(build, devices, None if devices else support.why_not(torch.device("cuda")))
 
 
 def _gpu_device(number: int) -> GpuDevice:

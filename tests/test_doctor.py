@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from dataclasses import replace
 
 import pytest
@@ -16,6 +15,7 @@ from click.testing import CliRunner
 from sketchconv import doctor, machine, selftest
 from sketchconv.cli.main import cli
 from sketchconv.kernels import dequantize, dispatch, gemv
+from sketchconv.kernels.gpu import support
 
 
 def run(*arguments):
@@ -124,12 +124,8 @@ def test_an_unknown_cpu_is_no_error(monkeypatch):
 
 @pytest.mark.parametrize("reason", [None, "capability 7.5 is below 8.0"])
 def test_gpus_are_shown_with_the_reason_not_to_use_them(monkeypatch, reason):
-    support = types.ModuleType("sketchconv.kernels.gpu.support")
-    support.why_not = lambda device: reason if device == torch.device("cuda", 0) else "wrong"
-    import sketchconv.kernels.gpu
-
-    monkeypatch.setitem(sys.modules, support.__name__, support)
-    monkeypatch.setattr(sketchconv.kernels.gpu, "support", support, raising=False)
+    asked = {torch.device("cuda", 0): reason}
+    monkeypatch.setattr(support, "why_not", lambda device: asked[device])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _number: (7, 5))
@@ -139,6 +135,13 @@ def test_gpus_are_shown_with_the_reason_not_to_use_them(monkeypatch, reason):
     assert "Planted GPU, 7.5" in shown
     assert ("kernels run" in shown) == (reason is None)
     assert reason is None or f"not used: {reason}" in shown
+
+
+def test_without_a_gpu_the_reason_is_shown(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(support, "why_not", lambda device: f"no {device.type} here")
+    assert doctor.find_gpu().devices == ()
+    assert "not used: no cuda here" in run().output
 
 
 @pytest.mark.usefixtures("few_bits")

@@ -98,7 +98,9 @@ def _gpu_rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     for number, device in enumerate(gpu.devices):
         state = f"not used: {device.why_not}" if device.why_not else "kernels run"
         rows.append((f"device {number}", f"{device.name}, {device.capability}; {state}"))
-    return rows if gpu.devices else [*rows, ("devices", "torch sees none")]
+    if not gpu.devices:
+        rows.append(("kernels", f"not used: {gpu.why_not}"))
+    return rows
 
 
 def _print_outcome(outcome: Outcome) -> None:
