@@ -87,7 +87,6 @@ class Contender:
         Raises:
             RuntimeError: the child died.
         """
-        assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         answer = self.wait()
