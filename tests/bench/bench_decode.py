@@ -88,8 +88,6 @@ def nf4(path: Path, tokens: int) -> Callable[[], Result]:
 
 def packed_gguf(path: Path, tokens: int) -> Callable[[], Result]:
     """The .gguf file in transformers, if it leaves the weights packed."""
-    if path.suffix != ".gguf":
-        raise Unavailable("the model is not a .gguf file")
     import torch
     import transformers
 
@@ -107,8 +105,6 @@ def packed_gguf(path: Path, tokens: int) -> Callable[[], Result]:
 
 def llama_cpp(path: Path, tokens: int, threads: int) -> Callable[[], Result]:
     """llama.cpp by the `xllamacpp` wheel, on the .gguf file; the rate is its own measurement."""
-    if path.suffix != ".gguf":
-        raise Unavailable("the model is not a .gguf file")
     if importlib.util.find_spec("xllamacpp") is None:
         raise Unavailable("xllamacpp is not installed")
     import xllamacpp
@@ -128,7 +124,7 @@ def llama_cpp(path: Path, tokens: int, threads: int) -> Callable[[], Result]:
 
     def run() -> Result:
         timings = server.handle_completions(request)["timings"]
-        # the first of its tokens belongs to the prompt, as with the others
+        # it too counts from the first new token: intervals, not tokens
         return {"rate": float(timings["predicted_per_second"])}
 
     run()
@@ -167,11 +163,14 @@ def own_loop(path: Path, tokens: int) -> Callable[[], Result]:
 
 def prepare(name: str, options: argparse.Namespace) -> Callable[[], Result]:
     """The run of one contender, in its child."""
+    model = source(options.model)
+    if name in ("gguf", "llama.cpp") and model.suffix != ".gguf":
+        raise Unavailable("the model is not a .gguf file")
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    threads, tokens, model = options.threads[0], options.tokens, source(options.model)
+    threads, tokens = options.threads[0], options.tokens
     torch.set_num_threads(threads)
     kind, _, bits = name.partition("-")
     if kind in OURS:
