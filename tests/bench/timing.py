@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -155,14 +156,17 @@ class ReadLoops:
 
     def __init__(self, threads: int, nbytes: int | None = None) -> None:
         """A buffer larger than the caches, read from start to end by `threads` threads."""
-        from sketchconv.kernels.crew import share
-
         size = nbytes or max(COLD_BYTES, 2 * last_level_cache())
         words = np.arange(size // 8, dtype=np.uint64)
         self.nbytes = words.nbytes
 
+        edges = [words.size * i // threads for i in range(threads + 1)]
+        pool = ThreadPoolExecutor(threads)  # a pass takes milliseconds, waking them microseconds
+
         def reader(loop: Any) -> Callable[[], object]:
-            return lambda: share(lambda b, e: loop(words, b, e), words.size, threads)
+            if threads == 1:
+                return lambda: loop(words, 0, words.size)
+            return lambda: list(pool.map(loop, [words] * threads, edges[:-1], edges[1:]))
 
         self.contenders = tuple(
             Contender(f"read loop, {name}", reader(loop)) for name, loop in _read_loops().items()
