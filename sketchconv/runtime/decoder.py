@@ -20,7 +20,7 @@ from torch import Tensor
 from sketchconv.kernels.decoder.session import Session
 from sketchconv.kernels.dispatch import choose
 from sketchconv.runtime.decoder_cache import DecoderCache
-from sketchconv.runtime.decoder_network import fingerprint, network_of
+from sketchconv.runtime.decoder_network import Fingerprint, fingerprint, network_of
 from sketchconv.runtime.decoder_support import why_not
 from sketchconv.runtime.modules import SketchModule
 
@@ -44,10 +44,11 @@ class Decoder:
 
     Within the block a forward of one token with a cache of `cache()` is one compiled call; every
     other forward is the model's own. Activations are float32 whatever the model's dtype, and so
-    are the logits. The model's weights must not change within the block; between blocks they may.
-    Blocks may be nested and run in several threads. A copy of the model made within the block
-    would answer for the original: copy before. Between steps torch computes on one thread: waking
-    its pool for the little that is left to do took 150 ms per token on a busy machine.
+    are the logits. The model's weights must not change within the block; between blocks they may,
+    and a cache from before then goes through the modules. Blocks may be nested and run in several
+    threads. A copy of the model made within the block would answer for the original: copy before.
+    Between steps torch computes on one thread: waking its pool for the little that is left to do
+    took 150 ms per token on a busy machine.
 
     Args:
         model: a model for which `why_not` is None.
@@ -81,7 +82,7 @@ class Decoder:
         """
         dtype = self.model.dtype
         session = Session(self._network, dtype, capacity, self.threads, self._kernels)
-        return DecoderCache(session)
+        return DecoderCache(session, self._fingerprint)
 
     def __enter__(self) -> Decoder:
         if fingerprint(self.model) != self._fingerprint:
@@ -90,7 +91,7 @@ class Decoder:
         with _lock:
             count = _active.get(self.model, 0)
             if not count:
-                self.model.forward = _with_step(self.model, self._torch_threads)
+                self.model.forward = _with_step(self.model, self._torch_threads, self._fingerprint)
             _active[self.model] = count + 1
         return self
 
@@ -126,8 +127,11 @@ def describe(model: PreTrainedModel) -> str:
     return f"own decode loop, {choose().name} kernels, {threads} thread{'s' * (threads > 1)}"
 
 
-def _with_step(model: Any, threads: int) -> Callable[..., Any]:
-    """The forward of `model` with the compiled step in it; other forwards get torch's `threads`."""
+def _with_step(model: Any, threads: int, weights: Fingerprint) -> Callable[..., Any]:
+    """The forward of `model` with the compiled step in it; other forwards get torch's `threads`.
+
+    Caches that were made for other weights than `weights` go the normal way.
+    """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     original = type(model).forward
@@ -139,6 +143,7 @@ def _with_step(model: Any, threads: int) -> Callable[..., Any]:
         if not (
             len(args) <= 1
             and isinstance(cache, DecoderCache)
+            and cache.weights == weights
             and _asks_for_logits(model, **given)
             and _follows(cache.length, **given)
         ):

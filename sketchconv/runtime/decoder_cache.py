@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sketchconv.kernels.decoder.session import Session
+from sketchconv.runtime.decoder_network import Fingerprint
 
 
 class DecoderLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -92,10 +93,11 @@ class DecoderCache(Cache):
     Attributes:
         length: positions that are there.
         session: what runs the compiled step on this cache.
+        weights: the weights that the session was made for.
     """
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Session, weights: Fingerprint) -> None:
+        self.session, self.weights = session, weights
         self.length = 0
         count = len(session.network.layers)
         super().__init__(layers=[DecoderLayer(self, number) for number in range(count)])

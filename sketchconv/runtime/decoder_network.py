@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from sketchconv.kernels.decoder.network import Layer, Matrix, Network, floats
 from sketchconv.runtime.modules import SketchModule
+
+Fingerprint: TypeAlias = tuple[tuple[int, int], ...]
 
 
 def network_of(model: Any) -> Network:
@@ -33,7 +35,7 @@ def network_of(model: Any) -> Network:
     return network
 
 
-def fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
+def fingerprint(model: nn.Module) -> Fingerprint:
     """Addresses and versions of all tensors: another one means that the network is out of date."""
     tensors = (*model.parameters(), *model.buffers())
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)

@@ -212,6 +212,21 @@ def test_weights_that_changed_between_blocks(pair):
         torch.testing.assert_close(got, model(PROMPT[:, :1]).logits)
 
 
+def test_a_cache_made_for_other_weights_goes_through_the_modules(pair, steps):
+    model = pair().model
+    decoder = Decoder(model)
+    cache = decoder.cache()
+    with torch.no_grad():
+        with decoder:
+            model(PROMPT[:, :1], past_key_values=cache)
+        other = model.model.norm.weight.detach() * 2
+        model.model.norm.weight = torch.nn.Parameter(other, requires_grad=False)
+        with decoder:
+            got = model(PROMPT[:, 1:2], past_key_values=cache).logits
+            torch.testing.assert_close(got, model(PROMPT[:, :2]).logits[:, 1:])
+    assert steps == [0]
+
+
 def test_description(pair):
     model = pair().model
     torch.set_num_threads(2)
