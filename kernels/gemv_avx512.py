@@ -29,7 +29,7 @@ def _arranger(bits: int, lut: str, fast: int) -> Any:
     """
 
     @inner
-    def arranged(x: int, half: bool, tokens: int, groups: int, columns: int) -> Any:
+    def arranged(x: int, half: int, tokens: int, groups: int, columns: int) -> Any:
         width = padded_columns(bits, lut, fast, columns)
         count = tokens * groups
         room = np.empty(count * width + ALIGNMENT // 4, np.float32)
@@ -55,7 +55,7 @@ def _arranger(bits: int, lut: str, fast: int) -> Any:
 
 
 @inner
-def _put(y: int, at: int, value: Any, half: bool) -> None:
+def _put(y: int, at: int, value: Any, half: int) -> None:
     if half:
         carray(pointer_to(y + 2 * at, np.uint16), (1,))[0] = round_bf16(value)
     else:
@@ -78,7 +78,7 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
         tables: int,
         x: int,
         y: int,
-        half: bool,
+        half: int,
         tokens: int,
         rows: int,
         groups: int,

@@ -23,7 +23,7 @@ STEP = LANES * SUMS  # columns of one round of a sum; rows are padded to whole r
 
 
 @inner
-def _load_x(x: int, half: bool, tokens: int, total: int, room: int) -> Any:
+def _load_x(x: int, half: int, tokens: int, total: int, room: int) -> Any:
     """Activations as float32 ``[tokens, room]``, from float32 or bfloat16, zeros at the end."""
     values = np.zeros((tokens, room), np.float32)
     words = values.view(np.uint32)
@@ -79,7 +79,7 @@ def multiply_kernel(bits: int, lut: str) -> Any:
         tables: int,
         x: int,
         y: int,
-        half: bool,
+        half: int,
         tokens: int,
         rows: int,
         groups: int,

@@ -14,19 +14,6 @@ from numba.extending import intrinsic
 
 from sketchconv.kernels.decoder.ir import I8, I64, pointer
 
-MULTIPLY = types.void(*[types.int64] * 11)  # `half` too, so that one compiled form serves all
-DECODE = types.void(*[types.int64] * 8)
-
-
-def address_of(kernel: Any, signature: Any) -> int:
-    """Address of the C function of a Numba dispatcher; compiles it, or loads it from the cache.
-
-    The caller keeps `kernel`, for the code lives as long as it.
-    """
-    result = kernel.get_compile_result(signature)
-    name = result.fndesc.llvm_cfunc_wrapper_name
-    return int(result.library.get_pointer_to_function(name))
-
 
 def _multiply_at(
     typing: Any,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sketchconv.kernels.atomics import fetch_add, give_way, pause, read, write
 from sketchconv.kernels.decoder import layout as at
-from sketchconv.kernels.decoder.atomics import fetch_add, give_way, pause, read, write
 from sketchconv.kernels.decoder.lanes import normalise
 from sketchconv.kernels.decoder.phases import attend, embed, linear
 from sketchconv.kernels.jit import inner, jit

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sketchconv.kernels.decoder.calls import DECODE, MULTIPLY, address_of
+from sketchconv.kernels.atomics import address_of
+from sketchconv.kernels.crew import DECODE_ARGS, MULTIPLY_ARGS
 from sketchconv.kernels.decoder.ir import LANES
 from sketchconv.kernels.dispatch import choose
 from sketchconv.kernels.entries import KINDS
@@ -80,7 +81,7 @@ class Matrix:
             kernel: Any = choice.decode(weight.bits, weight.lut_dtype, "F32")
         else:
             kernel = choice.multiply(weight.bits, weight.lut_dtype)
-        address = address_of(kernel, DECODE if rows_only else MULTIPLY)
+        address = address_of(kernel, 2 + (DECODE_ARGS if rows_only else MULTIPLY_ARGS))
         tables = weight.lut.data_ptr()
         return address, weight.index.data_ptr(), tables, weight.groups, weight.group_columns
 

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sketchconv.kernels.atomics import yield_address
 from sketchconv.kernels.decoder import layout as at
 from sketchconv.kernels.decoder.crew import crew
 from sketchconv.kernels.decoder.loop import close_token, open_token, run
 from sketchconv.kernels.decoder.memory import Memory
 from sketchconv.kernels.decoder.network import Network
 from sketchconv.kernels.decoder.program import Program
-
-
-@cache
-def _yield_address() -> int:
-    """Address of `sched_yield`; 0 where the system has none."""
-    try:
-        function = ctypes.CDLL(None).sched_yield
-    except (AttributeError, OSError, TypeError):
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 class Session:
@@ -67,7 +57,7 @@ class Session:
     def _make_own(self) -> None:
         own = (torch.zeros(self._program.own_floats).numpy() for _ in range(self.threads))
         fixed = (self._program.phases, self._program.reals, self._cells)
-        self._jobs = [partial(run, *fixed, mine, _yield_address()) for mine in own]
+        self._jobs = [partial(run, *fixed, mine, yield_address()) for mine in own]
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` positions."""
@@ -103,5 +93,5 @@ class Session:
             else:
                 self._jobs[0]()
         finally:
-            close_token(self._cells, _yield_address())
+            close_token(self._cells, yield_address())
         return torch.from_numpy(np.array(self._program.logits.numpy()))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sketchconv.kernels.decoder import atomics
+from sketchconv.kernels import atomics
 from sketchconv.kernels.decoder import session as sessions
 from sketchconv.kernels.decoder.crew import Crew
 from sketchconv.kernels.decoder.session import Session
