@@ -31,24 +31,12 @@ def _arranger(bits: int, lut: str, fast: int) -> Any:
     @inner
     def arranged(x: int, half: int, tokens: int, groups: int, columns: int) -> Any:
         width = padded_columns(bits, lut, fast, columns)
-        count = tokens * groups
-        room = np.empty(count * width + ALIGNMENT // 4, np.float32)
+        size = tokens * groups * width
+        room = np.empty(size + ALIGNMENT // 4, np.float32)
         skip = (-room.ctypes.data % ALIGNMENT) // 4
-        target = room[skip : skip + count * width]
-        words = target.view(np.uint32)
-        raw32 = carray(pointer_to(x, np.uint32), (count * columns,))
-        raw16 = carray(pointer_to(x, np.uint16), (count * columns,))
-        for group in range(count):
-            source, first = group * columns, group * width
-            if half:
-                for i in range(columns):
-                    words[first + i] = np.uint32(raw16[source + i]) << np.uint32(16)
-            else:
-                for i in range(columns):
-                    words[first + i] = raw32[source + i]
-            for i in range(columns, width):
-                words[first + i] = 0
-        arrange(bits, lut, fast, np.int64(target.ctypes.data), count, columns)
+        target = room[skip : skip + size]
+        at = np.int64(target.ctypes.data)
+        arrange(bits, lut, fast, half, x, at, tokens * groups, columns)
         return target
 
     return arranged

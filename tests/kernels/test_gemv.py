@@ -351,6 +351,8 @@ def test_a_choice_carries_its_reasons():
 
 @pytest.mark.parametrize("name", dispatch.OVERRIDES)
 def test_numba_overrides_choose_the_portable_path(monkeypatch, name):
+    for other in dispatch.OVERRIDES:
+        monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, "generic")
     for needs in (dispatch.AVX512_FEATURES, dispatch.AVX2_FEATURES):
         assert name in dispatch.why_not(needs)
