@@ -138,7 +138,7 @@ def _columns(width: int) -> int:
 def variants() -> tuple[Variant, ...]:
     """What is compiled ahead of time: one token, eight, and tiles of many."""
     found: list[Variant] = []
-    cases = ((3, 1376, "bf16"), (4, 4096, "bf16"), (7, 45, "bf16"), (4, 4096, "fp32"))
+    cases = ((3, 1376, "bf16"), (4, 4096, "bf16"), (7, 1376, "bf16"), (4, 4096, "fp32"))
     for bits, group, element in cases:
         found += [_variant(bits, group, element, tokens) for tokens in (1, AT_ONCE)]
         found += task_tiles.variants(bits, group, element)

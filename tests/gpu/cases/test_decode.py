@@ -59,6 +59,13 @@ def test_an_id_outside_of_the_sketch_reads_nothing(sketch):
     assert found[[0, 2, 3]].isnan().all()
 
 
+def test_a_sketch_without_rows(sketch):
+    case = sketch(7, 45, 5)
+    found = decode.gather(torch.tensor([0]), case.index[:0], case.lut[:0], 45, SINGLE)
+    assert found.isnan().all()
+    assert found.shape == (1, 45)
+
+
 def test_the_order_on_the_device(sketch):
     case = sketch(37, 192, 3, 2)
     assert layout.repacked(3, 96)

@@ -131,6 +131,14 @@ def test_numbers_that_are_not_finite_stay_where_they_are(sketch):
     assert torch.equal(used.isnan().any(1), torch.arange(7) == 2)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+def test_an_infinite_weight_in_the_last_row_meets_no_zero_from_beyond(sketch):
+    case = sketch(33, 45, 4)
+    case.lut[32] = torch.inf
+    found = gradients.grad_input(torch.ones(1, 33), case.index, case.lut, 45)
+    assert (found == torch.inf).all()
+
+
 def test_wide_groups_are_summed_in_parts(sketch):
     """Groups of which several programs take a share each."""
     case = sketch(5, 512, 2)
