@@ -95,28 +95,13 @@ _input_half = tuned(_HALF, _INPUT_KEY)(_input_kernel)
 _input_single = tuned(_SINGLE, _INPUT_KEY)(_input_kernel)
 
 
-def grad_input(
-    grad: Tensor, index: Tensor, lut: Tensor, columns: int, layout: str = "planes-le"
-) -> Tensor:
-    """`grad @ W`: ``[..., rows]`` to ``[..., columns]`` of the same dtype, summed in float32.
-
-    Weights are rounded to the dtype of `grad` first, like in the product that `grad` comes from.
-
-    Args:
-        grad: float16, bfloat16 or float32 ``[..., rows]``.
-        index: uint8 ``[rows, groups, bytes]``.
-        lut: float16, bfloat16 or float32 ``[rows, groups, 2**bits]``.
-        columns: of a row.
-        layout: order of the index, "planes-le" or "device".
-
-    Raises:
-        ValueError: another layout.
-    """
+def run(grad: Tensor, index: Tensor, lut: Tensor, columns: int, layout: str) -> Tensor:
+    """`grad_input` of `sketchconv.kernels.gpu.gradients`; `index` and `lut` are contiguous."""
     rows, groups, entries = lut.shape
     flat = grad.reshape(-1, rows).contiguous()
     out = grad.new_empty((flat.shape[0], columns))
     width = columns // groups
-    run = _input_single if grad.dtype is torch.float32 else _input_half
+    kernel = _input_single if grad.dtype is torch.float32 else _input_half
     tokens = flat.shape[0]
 
     def grid(chosen: dict[str, Any]) -> tuple[int, int]:
@@ -124,7 +109,7 @@ def grad_input(
         return triton.cdiv(tokens, chosen["TOKENS"]), groups * tiles
 
     with on(grad.device):
-        run[grid](
+        kernel[grid](
             flat,
             index,
             lut,

@@ -177,3 +177,13 @@ def test_an_unknown_order_is_refused(sketch):
     case = sketch(5, 45, 4)
     with pytest.raises(ValueError, match='layout is "rows", must be "planes-le" or "device"'):
         gradients.grad_input(noise(1, 5, dtype=HALF), case.index, case.lut, 45, "rows")
+
+
+@pytest.mark.parametrize("order", ["planes-le", "device"])
+def test_float64_goes_through_tiles_of_plain_torch(sketch, order):
+    case = sketch(33, 64, 3)
+    grad, x = noise(7, 33, dtype=torch.float64), noise(7, 64, dtype=torch.float64, seed=2)
+    found = gradients.grad_input(grad, case.on(order), case.lut, 64, order)
+    torch.testing.assert_close(found, grad @ case.dense(), rtol=1e-13, atol=1e-11)
+    found = gradients.grad_lut(grad, x, case.on(order), case.lut, order)
+    torch.testing.assert_close(found, by_code(case, grad.T @ x), rtol=1e-13, atol=1e-11)
