@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sketchconv.kernels import plain
 from sketchconv.kernels.gpu.catalog import Variant
 from sketchconv.kernels.gpu.codes import codes
 from sketchconv.kernels.gpu.jit import jit
-from sketchconv.kernels.gpu.launch import geometry, on
+from sketchconv.kernels.gpu.launch import geometry, on, on_disk
 from sketchconv.kernels.gpu.rounding import put
+from sketchconv.kernels.gpu.support import DTYPES
 
 TILE = 2048  # weights of a program: 16 a thread
 
@@ -59,17 +61,21 @@ def decode(
 ) -> Tensor:
     """Dense rows ``[rows, columns]``, each entry of the LUT rounded once to `dtype`.
 
+    Dtypes that the kernel does not know (float64) go through plain torch operations.
+
     Args:
         index: uint8 ``[rows, groups, bytes]``.
-        lut: float16, bfloat16 or float32 ``[rows, groups, 2**bits]``.
+        lut: ``[rows, groups, 2**bits]``.
         columns: of a row.
-        dtype: float16, bfloat16 or float32.
+        dtype: of the result.
         layout: order of the index, "planes-le" or "device".
 
     Raises:
         ValueError: another layout.
     """
-    return _rows(index, lut, None, columns, dtype, layout)
+    if dtype not in DTYPES or lut.dtype not in DTYPES:
+        return plain.decode(on_disk(index, lut, columns, layout), lut, columns, dtype)
+    return _rows(index.contiguous(), lut.contiguous(), None, columns, dtype, layout)
 
 
 def gather(
@@ -86,7 +92,11 @@ def gather(
     wait for the GPU to know.
     """
     flat = ids.reshape(-1).to(torch.int64)
-    return _rows(index, lut, flat, columns, dtype, layout).view(*ids.shape, columns)
+    if dtype not in DTYPES or lut.dtype not in DTYPES:
+        rows = plain.decode(on_disk(index[flat], lut, columns, layout), lut[flat], columns, dtype)
+    else:
+        rows = _rows(index.contiguous(), lut.contiguous(), flat, columns, dtype, layout)
+    return rows.view(*ids.shape, columns)
 
 
 def _rows(

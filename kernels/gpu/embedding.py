@@ -12,6 +12,7 @@ from sketchconv.kernels.gpu.codes import codes
 from sketchconv.kernels.gpu.decode import gather
 from sketchconv.kernels.gpu.jit import jit
 from sketchconv.kernels.gpu.launch import geometry, on
+from sketchconv.kernels.gpu.support import DTYPES
 
 __all__ = ["gather", "grad_gather", "variants"]
 
@@ -91,8 +92,10 @@ def grad_gather(
         float32 ``[rows, groups, 2**bits]``, zero in rows that were not looked up.
 
     Raises:
-        ValueError: another layout.
+        ValueError: another layout, or another dtype of `grad`.
     """
+    if grad.dtype not in DTYPES:
+        raise ValueError(f"no kernel for {grad.dtype}: float16, bfloat16 and float32 only")
     rows, groups, entries = lut.shape
     columns = grad.shape[-1]
     width = columns // groups
@@ -111,7 +114,7 @@ def grad_gather(
             order,
             sorted_ids,
             ends,
-            index,
+            index.contiguous(),
             parts,
             groups,
             rows,

@@ -120,7 +120,7 @@ def _config(rows: int, spans: int, warps: int) -> Any:
 
 
 _tuned = tuned(
-    (_config(16, 64, 4), _config(32, 64, 4), _config(4, 64, 2), _config(16, 32, 4)),
+    (_config(16, 64, 4), _config(16, 32, 4)),
     ("rows", "BITS", "GROUPS", "GROUP", "UNIT", "TOKENS"),
 )(gemv)
 
@@ -150,7 +150,7 @@ def variants() -> tuple[Variant, ...]:
         _variant("gemv-3bit", 3, 4, 1024),
         _variant("gemv-6bit-fp32", 6, 1, 4096, dtype="fp32", spans=32),
         _variant("gemv-8bit", 8, 1, 4096, most={"80": 8.7, "89": 8.7}),
-        _variant("gemv-5bit-odd", 5, 16, 45, unit=8),
+        _variant("gemv-5bit-odd", 5, 16, 45, unit=8, spans=32),
     )
 
 

@@ -16,9 +16,10 @@ from sketchconv.kernels.gpu.launch import bucket, geometry, on, tuned
 from sketchconv.kernels.gpu.rounding import put, rounded
 
 
-def _input_config(tokens: int, rows: int, columns: int, warps: int, stages: int = 3) -> Any:
+def _input_config(tokens: int, rows: int, columns: int, warps: int) -> Any:
     constants = {"TOKENS": tokens, "ROWS": rows, "COLUMNS": columns}
-    return triton.Config(constants, num_warps=warps, num_stages=stages)
+    # Three stages would spill up to 14 SGPRs on gfx1100.
+    return triton.Config(constants, num_warps=warps, num_stages=2)
 
 
 # The first is what the interpreter takes. float32 has tiles of its own: without tensor cores a
@@ -61,26 +62,30 @@ def _input_kernel(
     row = tl.arange(0, ROWS)
     inside = column < GROUP
     present = first + token < tokens
+    # Places beyond the ends read what is at the ends: masks on these loads would take registers
+    # that AMD does not have (39 SGPRs were spilled on gfx942).
+    near = tl.where(inside, column, GROUP - 1)
+    beside = tl.where(present, token, tokens - 1 - first)
+    everywhere = tl.full((1, 1), True, tl.int1)
     # Offsets within a tile fit 32 bits, those of tiles may not.
     grad += first.to(tl.int64) * rows
     index += group.to(tl.int64) * size
     lut += group.to(tl.int64) * (1 << BITS)
     total = tl.zeros((TOKENS, COLUMNS), tl.float32)
     for begin in range(0, rows, ROWS):
+        known = begin + row < rows
         left = tl.load(
-            grad + (token * rows + (begin + row)[None, :]),
-            mask=present & ((begin + row)[None, :] < rows),
-            other=0.0,
+            grad + (beside * rows + (begin + row)[None, :]), mask=known[None, :], other=0.0
         )
-        mask = ((begin + row)[:, None] < rows) & inside
         place = tl.cast(begin, tl.int64) * groups
-        start = index + place * size + row[:, None] * (groups * size)
-        code = codes(start, column, mask, GROUP, BITS, REPACKED)
-        entry = row[:, None] * (groups * (1 << BITS)) + code
-        weight = tl.load(lut + place * (1 << BITS) + entry, mask=mask, other=0.0)
-        total = tl.dot(
-            rounded(left, DTYPE, WIDE), rounded(weight, DTYPE, WIDE), total, input_precision="ieee"
-        )
+        down = tl.where(known, row, rows - 1 - begin)[:, None] * groups
+        code = codes(index + place * size + down * size, near, everywhere, GROUP, BITS, REPACKED)
+        weight = tl.load(lut + place * (1 << BITS) + (down * (1 << BITS) + code))
+        weight = rounded(weight, DTYPE, WIDE)
+        if begin + ROWS > rows:
+            # Not left to the zeros on the other side: an infinite weight would make them NaN.
+            weight = tl.where(known[:, None], weight, 0.0)
+        total = tl.dot(rounded(left, DTYPE, WIDE), weight, total, input_precision="ieee")
     out += first.to(tl.int64) * groups * GROUP + group * GROUP
     put(out + (token * (groups * GROUP) + column), total, present & inside, WIDE)
 
@@ -90,28 +95,13 @@ _input_half = tuned(_HALF, _INPUT_KEY)(_input_kernel)
 _input_single = tuned(_SINGLE, _INPUT_KEY)(_input_kernel)
 
 
-def grad_input(
-    grad: Tensor, index: Tensor, lut: Tensor, columns: int, layout: str = "planes-le"
-) -> Tensor:
-    """`grad @ W`: ``[..., rows]`` to ``[..., columns]`` of the same dtype, summed in float32.
-
-    Weights are rounded to the dtype of `grad` first, like in the product that `grad` comes from.
-
-    Args:
-        grad: float16, bfloat16 or float32 ``[..., rows]``.
-        index: uint8 ``[rows, groups, bytes]``.
-        lut: float16, bfloat16 or float32 ``[rows, groups, 2**bits]``.
-        columns: of a row.
-        layout: order of the index, "planes-le" or "device".
-
-    Raises:
-        ValueError: another layout.
-    """
+def run(grad: Tensor, index: Tensor, lut: Tensor, columns: int, layout: str) -> Tensor:
+    """`grad_input` of `sketchconv.kernels.gpu.gradients`; `index` and `lut` are contiguous."""
     rows, groups, entries = lut.shape
     flat = grad.reshape(-1, rows).contiguous()
     out = grad.new_empty((flat.shape[0], columns))
     width = columns // groups
-    run = _input_single if grad.dtype is torch.float32 else _input_half
+    kernel = _input_single if grad.dtype is torch.float32 else _input_half
     tokens = flat.shape[0]
 
     def grid(chosen: dict[str, Any]) -> tuple[int, int]:
@@ -119,7 +109,7 @@ def grad_input(
         return triton.cdiv(tokens, chosen["TOKENS"]), groups * tiles
 
     with on(grad.device):
-        run[grid](
+        kernel[grid](
             flat,
             index,
             lut,

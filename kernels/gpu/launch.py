@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from sketchconv.kernels.gpu.layout import repacked
+from sketchconv.kernels.gpu.layout import repacked, restore
 from sketchconv.kernels.gpu.support import interpreting
 
 ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -31,10 +32,12 @@ def geometry(group: int, bits: int, layout: str, dtype: torch.dtype) -> dict[str
         dtype: of the operands of products, or of what is stored.
 
     Raises:
-        ValueError: another layout.
+        ValueError: another layout, or a dtype that no kernel knows.
     """
     if layout not in ("planes-le", "device"):
         raise ValueError(f'layout is "{layout}", must be "planes-le" or "device"')
+    if dtype not in ELEMENT:
+        raise ValueError(f"no kernel for {dtype}: float16, bfloat16 and float32 only")
     return {
         "GROUP": group,
         "BITS": bits,
@@ -42,6 +45,14 @@ def geometry(group: int, bits: int, layout: str, dtype: torch.dtype) -> dict[str
         "DTYPE": ELEMENT[dtype],
         "WIDE": interpreting(),
     }
+
+
+def on_disk(index: Tensor, lut: Tensor, columns: int, layout: str) -> Tensor:
+    """`index` as `sketchconv.kernels.plain` reads it, where no kernel does the work."""
+    if layout != "device":
+        return index
+    groups, entries = lut.shape[-2:]
+    return restore(index, entries.bit_length() - 1, columns // groups)
 
 
 def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:

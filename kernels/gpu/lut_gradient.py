@@ -103,27 +103,12 @@ def _lut_kernel(
         tl.debug_barrier()  # what a thread has stored may be read by another in the next turn
 
 
-def grad_lut(
-    grad: Tensor, x: Tensor, index: Tensor, lut: Tensor, layout: str = "planes-le"
-) -> Tensor:
-    """Gradient of a LUT: `grad.T @ x` summed over the columns of each entry, in float32.
+def run(grad: Tensor, x: Tensor, index: Tensor, lut: Tensor, layout: str) -> Tensor:
+    """`grad_lut` of `sketchconv.kernels.gpu.gradients`, for contiguous tensors.
 
-    The same bits in every run and on every GPU of one architecture: nothing is tuned or atomic. The
-    sums cost about five instructions per weight and entry, however many tokens there are: little
-    beside the product up to 5 bits, and more than the product of a thousand tokens at 8.
-
-    Args:
-        grad: float16, bfloat16 or float32 ``[tokens, rows]``.
-        x: float16, bfloat16 or float32 ``[tokens, columns]``.
-        index: uint8 ``[rows, groups, bytes]``.
-        lut: ``[rows, groups, 2**bits]``, of which only the shape matters.
-        layout: order of the index, "planes-le" or "device".
-
-    Returns:
-        float32 ``[rows, groups, 2**bits]``.
-
-    Raises:
-        ValueError: another layout.
+    Nothing is tuned or atomic, so the bits are the same in every run. The sums cost about five
+    instructions per weight and entry, however many tokens there are: little beside the product up
+    to 5 bits, and more than the product of a thousand tokens at 8.
     """
     rows, groups, entries = lut.shape
     tokens, columns = x.shape
@@ -135,8 +120,8 @@ def grad_lut(
     out = torch.zeros((rows, groups, parts, entries), dtype=torch.float32, device=x.device)
     with on(x.device):
         _lut_kernel[(triton.cdiv(rows, tile["ROWS"]), groups * parts)](
-            grad.contiguous(),
-            x.contiguous(),
+            grad,
+            x,
             index,
             out,
             tokens,

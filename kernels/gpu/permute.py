@@ -123,7 +123,9 @@ def _config(rows: int, columns: int, warps: int, stages: int = 3) -> Any:
 
 
 _KEY = ("rows", "splits", "BITS", "GROUPS", "GROUP", "TOKENS")
-_few = tuned((_config(32, 256, 2), _config(64, 256, 4), _config(32, 128, 2, 4)), _KEY)(permute)
+_few = tuned((_config(32, 256, 2), _config(64, 256, 4)), _KEY)(permute)
+# With several groups the tables are in the loop too: a third stage or fewer threads spill.
+_few_groups = tuned((_config(64, 256, 4, 2), _config(64, 128, 4, 2)), _KEY)(permute)
 _many = tuned((_config(64, 128, 4), _config(128, 64, 8), _config(64, 64, 4)), _KEY)(permute)
 
 
@@ -152,8 +154,9 @@ def run(x: Tensor, index: Tensor, lut: Tensor, y: Tensor) -> None:
     words = index.view(torch.int32)
     pairs = lut.to(x.dtype).contiguous().view(torch.int32)
     asm = not support.interpreting()
+    kernel = _many if tile == 64 else _few if groups == 1 else _few_groups
     with on(x.device):
-        (_many if tile == 64 else _few)[
+        kernel[
             lambda meta: (triton.cdiv(rows, meta["ROWS"]), triton.cdiv(tokens, tile), splits)
         ](
             x, words, pairs, out, tokens, rows, x.stride(0), splits, bits, groups, group,
@@ -177,9 +180,9 @@ def variants() -> tuple[Variant, ...]:
     """What a 7B model meets: one token and many, one group and several."""
     return (
         _variant("permute-4bit-1tok", 4, 1, 4096, 8, (32, 256, 2), {"80": 4.5}),
-        _variant("permute-4bit-8groups", 4, 8, 1376, 8, (32, 256, 2), {"80": 5.5}, "bf16"),
+        _variant("permute-4bit-8groups", 4, 8, 1376, 8, (64, 256, 4), {"80": 5.5}, "bf16"),
         _variant("permute-3bit-1tok", 3, 1, 4096, 8, (32, 256, 2), {"80": 3.4}),
-        _variant("permute-3bit-4groups", 3, 4, 1024, 8, (32, 256, 2), {"80": 3.4}),
+        _variant("permute-3bit-4groups", 3, 4, 1024, 8, (64, 256, 4), {"80": 3.4}),
         _variant("permute-2bit-1tok", 2, 1, 4096, 8, (32, 256, 2), {"80": 3.4}),
         _variant("permute-1bit-1tok", 1, 1, 4096, 8, (32, 256, 2), {"80": 3.4}),
         _variant("permute-4bit-64tok", 4, 1, 4096, 64, (64, 128, 4), {"80": 10.0}),
@@ -206,6 +209,7 @@ def _variant(
             "ROWS": rows, "COLUMNS": columns,
         },
         warps=warps,
+        stages=3 if groups == 1 else 2,
         weights=rows * columns,
         most=most,
         aligned=("stride",),

@@ -17,6 +17,7 @@ from sketchconv.kernels.gpu.codes import codes
 from sketchconv.kernels.gpu.jit import jit
 from sketchconv.kernels.gpu.launch import geometry, on
 from sketchconv.kernels.gpu.rounding import put
+from sketchconv.kernels.gpu.support import why_dense
 
 FEW = 16  # tokens up to which codes are shared instead of tiles
 AT_ONCE = 8  # tokens that share the codes: a sum of each is in registers
@@ -89,7 +90,8 @@ def multiply_tasks(
     """`x[t] @ W.T` with the LUT of `tasks[t]`: ``[tokens, columns]`` to ``[tokens, rows]``.
 
     Summed in float32. For more than 16 tokens the weights are rounded to the dtype of `x` first,
-    and the host does not wait for the tasks to be sorted.
+    and the host does not wait for the tasks to be sorted; but where `support.why_dense` gives a
+    reason against tiles, there are as many products of few tokens.
 
     Args:
         x: float16, bfloat16 or float32 ``[tokens, columns]``.
@@ -99,11 +101,12 @@ def multiply_tasks(
         layout: order of the index, "planes-le" or "device".
 
     Raises:
-        ValueError: another layout.
+        ValueError: another layout, or another dtype of `x`.
     """
     tokens = x.shape[0]
-    x, luts, tasks = x.contiguous(), luts.contiguous(), tasks.to(torch.int64).contiguous()
-    if tokens > FEW and luts.shape[0]:
+    x, luts, index = x.contiguous(), luts.contiguous(), index.contiguous()
+    tasks = tasks.to(torch.int64).contiguous()
+    if tokens > FEW and luts.shape[0] and why_dense(x.device, x.dtype) is None:
         return task_tiles.multiply(x, index, luts, tasks, layout)
     count, rows, groups, entries = luts.shape
     width = x.shape[1] // groups
@@ -138,7 +141,7 @@ def _columns(width: int) -> int:
 def variants() -> tuple[Variant, ...]:
     """What is compiled ahead of time: one token, eight, and tiles of many."""
     found: list[Variant] = []
-    cases = ((3, 1376, "bf16"), (4, 4096, "bf16"), (7, 45, "bf16"), (4, 4096, "fp32"))
+    cases = ((3, 1376, "bf16"), (4, 4096, "bf16"), (7, 1376, "bf16"), (4, 4096, "fp32"))
     for bits, group, element in cases:
         found += [_variant(bits, group, element, tokens) for tokens in (1, AT_ONCE)]
         found += task_tiles.variants(bits, group, element)

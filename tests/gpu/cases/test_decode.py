@@ -59,6 +59,13 @@ def test_an_id_outside_of_the_sketch_reads_nothing(sketch):
     assert found[[0, 2, 3]].isnan().all()
 
 
+def test_a_sketch_without_rows(sketch):
+    case = sketch(7, 45, 5)
+    found = decode.gather(torch.tensor([0]), case.index[:0], case.lut[:0], 45, SINGLE)
+    assert found.isnan().all()
+    assert found.shape == (1, 45)
+
+
 def test_the_order_on_the_device(sketch):
     case = sketch(37, 192, 3, 2)
     assert layout.repacked(3, 96)
@@ -70,3 +77,18 @@ def test_an_unknown_order_is_refused(sketch):
     case = sketch(5, 45, 4)
     with pytest.raises(ValueError, match='layout is "rows", must be "planes-le" or "device"'):
         decode.decode(case.index, case.lut, 45, HALF, "rows")
+
+
+@pytest.mark.parametrize("order", ["planes-le", "device"])
+def test_float64_goes_through_plain_torch(sketch, order):
+    case = sketch(7, 64, 3)
+    same(decode.decode(case.on(order), case.lut, 64, torch.float64, order), case.dense())
+    ids = torch.tensor([[1, 6]])
+    found = decode.gather(ids, case.on(order), case.lut, 64, torch.float64, order)
+    same(found, case.dense()[ids])
+
+
+def test_a_part_of_a_bigger_sketch(sketch):
+    case = sketch(8, 90, 3, 2)
+    found = decode.decode(case.index[::2], case.lut[::2], 90, HALF)
+    same(found, case.dense(HALF)[::2])

@@ -77,3 +77,10 @@ def test_two_runs_agree_to_the_bit(sketch):
     case = sketch(9, 300, 3, 2)
     ids = torch.tensor([2, 5, 2, 2, 8, 5] * 5)
     assert torch.equal(check(case, ids, BRAIN), check(case, ids, BRAIN))
+
+
+def test_another_dtype_is_refused(sketch):
+    case = sketch(9, 70, 4)
+    grad = torch.ones(1, 70, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"no kernel for torch\.float64"):
+        embedding.grad_gather(grad, torch.tensor([1]), case.index, case.lut)

@@ -131,6 +131,14 @@ def test_numbers_that_are_not_finite_stay_where_they_are(sketch):
     assert torch.equal(used.isnan().any(1), torch.arange(7) == 2)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+def test_an_infinite_weight_in_the_last_row_meets_no_zero_from_beyond(sketch):
+    case = sketch(33, 45, 4)
+    case.lut[32] = torch.inf
+    found = gradients.grad_input(torch.ones(1, 33), case.index, case.lut, 45)
+    assert (found == torch.inf).all()
+
+
 def test_wide_groups_are_summed_in_parts(sketch):
     """Groups of which several programs take a share each."""
     case = sketch(5, 512, 2)
@@ -169,3 +177,13 @@ def test_an_unknown_order_is_refused(sketch):
     case = sketch(5, 45, 4)
     with pytest.raises(ValueError, match='layout is "rows", must be "planes-le" or "device"'):
         gradients.grad_input(noise(1, 5, dtype=HALF), case.index, case.lut, 45, "rows")
+
+
+@pytest.mark.parametrize("order", ["planes-le", "device"])
+def test_float64_goes_through_tiles_of_plain_torch(sketch, order):
+    case = sketch(33, 64, 3)
+    grad, x = noise(7, 33, dtype=torch.float64), noise(7, 64, dtype=torch.float64, seed=2)
+    found = gradients.grad_input(grad, case.on(order), case.lut, 64, order)
+    torch.testing.assert_close(found, grad @ case.dense(), rtol=1e-13, atol=1e-11)
+    found = gradients.grad_lut(grad, x, case.on(order), case.lut, order)
+    torch.testing.assert_close(found, by_code(case, grad.T @ x), rtol=1e-13, atol=1e-11)

@@ -130,3 +130,11 @@ def test_two_runs_agree_to_the_bit(sketch, tokens):
     x = torch.randn(tokens, 200, generator=torch.Generator().manual_seed(6))
     runs = [tasks.multiply_tasks(x, case.index, luts, chosen) for _ in range(2)]
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("tokens", [5, 20])
+def test_another_dtype_is_refused(sketch, tokens):
+    case = sketch(9, 70, 4)
+    x, chosen = torch.ones(tokens, 70, dtype=torch.float64), torch.zeros(tokens, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"no kernel for torch\.float64"):
+        tasks.multiply_tasks(x, case.index, several(case, 1), chosen)
