@@ -192,9 +192,7 @@ def test_different_devices_are_an_error(layers):
 
 def test_inputs_of_other_kinds_are_refused(layers):
     module = layers.linear()
-    with pytest.raises(
-        ValueError, match=r"x must be float \[\.\.\., 48\], got .*int64 \(2, 48"
-    ):
+    with pytest.raises(ValueError, match=r"x must be float \[\.\.\., 48\], got .*int64 \(2, 48"):
         module(torch.ones(2, 48, dtype=torch.int64))
     for dtype in (torch.float32, torch.float64):
         with pytest.raises(ValueError, match="47"):
