@@ -1,12 +1,12 @@
-"""Words that threads share inside compiled code: atomic adds and loads, a pause, calls by address.
+"""What threads share in compiled code without locks: counters, ordered reads, waiting, jobs.
 
-LLVM lowers the atomics on every CPU, all of them in sequential order: what is written before a
-store is seen after the load that sees the store.
+All is in sequential order: what was written before a `write` is seen after the `read` that sees it.
 """
 
 from __future__ import annotations
 
-import platform
+import ctypes
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
@@ -14,57 +14,68 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+I32 = ir.IntType(32)
 I64 = ir.IntType(64)
-_X86 = platform.machine().lower() in ("x86_64", "amd64")
-_ARM = platform.machine().lower() in ("aarch64", "arm64")
+ORDER = "seq_cst"
 
 
 def _word(b: Any, address: Any) -> Any:
     return b.inttoptr(address, I64.as_pointer())
 
 
-def _add(typing: Any, address: Any, value: Any) -> Any:
-    """Add `value` to the int64 at `address`; returns what was there before."""
+def _fetch_add(typing: Any, address: Any, amount: Any) -> Any:
+    """Add to the int64 at `address` and return what was there before."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.atomic_rmw("add", _word(b, args[0]), args[1], "seq_cst")
+        return b.atomic_rmw("add", _word(b, args[0]), args[1], ORDER)
 
     return types.int64(types.int64, types.int64), codegen
 
 
-def _get(typing: Any, address: Any) -> Any:
-    """The int64 at `address`."""
+def _read(typing: Any, address: Any) -> Any:
+    """The int64 at `address`, with all that was written before it."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.load_atomic(_word(b, args[0]), "seq_cst", 8)
+        return b.load_atomic(_word(b, args[0]), ORDER, 8)
 
     return types.int64(types.int64), codegen
 
 
-def _put(typing: Any, address: Any, value: Any) -> Any:
-    """Write the int64 at `address`."""
+def _write(typing: Any, address: Any, value: Any) -> Any:
+    """Store an int64 at `address`, after all that was written before it."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        b.store_atomic(args[1], _word(b, args[0]), "seq_cst", 8)
+        b.store_atomic(args[1], _word(b, args[0]), ORDER, 8)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
 
 
 def _pause(typing: Any) -> Any:
-    """Tell the CPU that this thread spins (some tens of nanoseconds); nothing on unknown CPUs."""
+    """Tell the CPU that this is a waiting loop, where it has an instruction for that."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         declare: Any = cgutils.get_or_insert_function
-        if _X86:
+        target = b.module.triple
+        if target.startswith(("x86_64", "i686")):
             kind = ir.FunctionType(ir.VoidType(), [])
             b.call(declare(b.module, kind, "llvm.x86.sse2.pause"), [])
-        elif _ARM:
-            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
-            b.call(declare(b.module, kind, "llvm.aarch64.hint"), [ir.Constant(ir.IntType(32), 1)])
+        elif target.startswith(("aarch64", "arm64")):
+            kind = ir.FunctionType(ir.VoidType(), [I32])
+            b.call(declare(b.module, kind, "llvm.aarch64.hint"), [I32(1)])
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+def _give_way(typing: Any, address: Any) -> Any:
+    """Call the function ``int f(void)`` at `address`: the system's sched_yield."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        b.call(b.inttoptr(args[0], ir.FunctionType(I32, []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 def _call_span(typing: Any, function: Any, begin: Any, end: Any, args: Any, count: Any) -> Any:
@@ -85,20 +96,28 @@ def _call_span(typing: Any, function: Any, begin: Any, end: Any, args: Any, coun
     return types.void(word, word, word, word, count), codegen
 
 
-add: Any = intrinsic(_add)
-get: Any = intrinsic(_get)
-put: Any = intrinsic(_put)
+fetch_add: Any = intrinsic(_fetch_add)
+read: Any = intrinsic(_read)
+write: Any = intrinsic(_write)
 pause: Any = intrinsic(_pause)
-give_way: Any = types.ExternalFunction("sched_yield", types.int32())
+give_way: Any = intrinsic(_give_way)
 call_span: Any = intrinsic(prefer_literal=True)(_call_span)
+
+
+@cache
+def yield_address() -> int:
+    """Address of the system's `sched_yield`, for `give_way`; 0 where there is none."""
+    try:
+        function = ctypes.CDLL(None).sched_yield
+    except (AttributeError, OSError, TypeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def address_of(kernel: Any, count: int) -> int:
     """Address of the C form of a compiled function of `count` int64 arguments and no result.
 
-    `call_span` calls it. The kernel keeps the code alive.
+    Compiles it, or loads it from the cache. The caller keeps `kernel`: the code lives as long.
     """
-    signature = types.void(*[types.int64] * count)
-    kernel.compile(signature.args)
-    result = kernel.get_compile_result(signature)
+    result = kernel.get_compile_result(types.void(*[types.int64] * count))
     return int(result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))

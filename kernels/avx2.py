@@ -130,7 +130,7 @@ def _row_dots(
     `index`, `tables` and `x` are the addresses of the row's codes, of its LUTs and of the
     activations, `stride` the bytes from one activation to the next, `columns` those of one group.
     """
-    static = [kind.literal_value for kind in (bits, lut, tokens)]
+    static = bits.literal_value, lut.literal_value, tokens.literal_value
     tuple_type: Any = types.UniTuple
     result = tuple_type(types.float32, tokens.literal_value)
 

@@ -94,6 +94,19 @@ def _word_codes(b: Any, bits: int, planes: list[Any]) -> Iterator[Any]:
         yield code
 
 
+def _nibble_codes(b: Any, planes: list[Any]) -> Iterator[Any]:
+    """3 bits: both planes are spread to nibbles once, instead of merging for each look-up."""
+    low = b.zext(load(b, planes[0], ir.VectorType(ir.IntType(16), LANES)), VI32)
+    high = b.zext(load(b, planes[1], ir.VectorType(I8, LANES)), VI32)
+    for distance, keep in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)):
+        low = b.and_(b.or_(low, b.shl(low, splat(distance))), splat(keep))
+    for distance, keep in ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)):
+        high = b.and_(b.or_(high, b.shl(high, splat(distance))), splat(keep))
+    codes = b.or_(low, b.shl(high, splat(2)))
+    for slot in range(8):
+        yield b.lshr(codes, splat(4 * slot)) if slot else codes
+
+
 def _pairs(b: Any, address: Any, width: int) -> Any:
     """A plane of 1 or 2 bits: the fields of 2 columns at the start of each of 32 bytes."""
     raw = load(b, address, ir.VectorType(ir.IntType(8 * width), LANES))
@@ -190,5 +203,6 @@ def weights(b: Any, bits: int, tables: Any, planes: list[Any]) -> Iterator[Any]:
     elif bits >= 4:
         yield from _byte_weights(b, bits, tables, planes)
     else:
-        for code in _word_codes(b, bits, planes):
+        codes = _nibble_codes(b, planes) if bits == 3 else _word_codes(b, bits, planes)
+        for code in codes:
             yield call(b, "llvm.x86.avx2.permps", VF32, [tables, code])

@@ -89,17 +89,18 @@ def _emit_group(
         first = b.add(x, b.mul(column, I64(4)))
         return [b.add(first, b.mul(stride, I64(token))) for token in range(len(sums))]
 
-    done: Any = I64(0)
-    for block in plan:
-        size = I64(block.columns)
-        full = b.udiv(b.sub(columns, done), size)
-        with cgutils.for_range(b, full) as loop:
-            at = b.add(done, b.mul(loop.index, size))
-            _add_block(b, block, tables, planes_at(at), xs_at(at), sums, None)
-        done = b.add(done, b.mul(full, size))
-    left = b.sub(columns, done)
-    with b.if_then(b.icmp_unsigned(">", left, I64(0))):
-        _add_block(b, plan[-1], tables, planes_at(done), xs_at(done), sums, left)
+    size = I64(plan[0].columns)
+    full = b.udiv(columns, size)
+    with cgutils.for_range(b, full) as loop:
+        at = b.mul(loop.index, size)
+        _add_block(b, plan[0], tables, planes_at(at), xs_at(at), sums, None)
+    done, size = b.mul(full, size), I64(plan[-1].columns)
+    short = b.udiv(b.add(b.sub(columns, done), b.sub(size, I64(1))), size)
+    with cgutils.for_range(b, short) as loop:
+        at = b.add(done, b.mul(loop.index, size))
+        rest = b.sub(columns, at)
+        left = b.select(b.icmp_signed("<", rest, size), rest, size)
+        _add_block(b, plan[-1], tables, planes_at(at), xs_at(at), sums, left)
 
 
 def _emit_row(b: Any, bits: int, lut: str, vbmi: int, tokens: int, args: list[Any]) -> list[Any]:
@@ -192,7 +193,7 @@ def _row_dots(
     `index`, `tables` and `x` are the addresses of the row's codes, of its LUTs and of the
     activations, `stride` the bytes from one activation to the next, `columns` those of one group.
     """
-    static = [kind.literal_value for kind in (bits, lut, vbmi, tokens)]
+    static = bits.literal_value, lut.literal_value, vbmi.literal_value, tokens.literal_value
     tuple_type: Any = types.UniTuple
     result = tuple_type(types.float32, tokens.literal_value)
 

@@ -14,17 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from sketchconv.kernels.avx512_blocks import Block, blocks
-from sketchconv.kernels.avx512_ir import (
-    I32,
-    I64,
-    LANES,
-    VF32,
-    VI32,
-    call,
-    load,
-    pointer,
-    splat,
-)
+from sketchconv.kernels.avx512_ir import I64, LANES, VF32, VI32, pointer
 
 
 def reorder(b: Any, vectors: list[Any], order: tuple[int, ...]) -> list[Any]:
@@ -66,56 +56,6 @@ def _partner(
     raise ValueError(f"no register goes with {columns} at bit {bit}")
 
 
-def _load_x(b: Any, address: Any, half: bool, left: Any | None) -> Any:
-    """16 activations as float32; beyond the first `left` of them zeros, which are not read."""
-    kind = ir.VectorType(ir.IntType(16 if half else 32), LANES)
-    if left is None:
-        raw = load(b, address, kind)
-    else:
-        some = b.select(b.icmp_signed(">", left, I64(0)), left, I64(0))
-        few = b.select(b.icmp_signed("<", some, I64(LANES)), some, I64(LANES))
-        flags = b.sub(b.shl(I64(1), few), I64(1))
-        mask = b.bitcast(b.trunc(flags, ir.IntType(LANES)), ir.VectorType(ir.IntType(1), LANES))
-        args = [pointer(b, address, kind), I32(1), mask, ir.Constant(kind, None)]
-        call_name = f"llvm.masked.load.v16i{16 if half else 32}.p0"
-        raw = call(b, call_name, kind, args)
-    words = b.shl(b.zext(raw, VI32), splat(16)) if half else raw
-    return b.bitcast(words, VF32)
-
-
-def _block(b: Any, block: Block, half: bool, x: Any, target: Any, left: Any | None) -> None:
-    vectors = []
-    for first in range(0, block.columns, LANES):
-        at = b.add(x, I64(first * (2 if half else 4)))
-        vectors.append(_load_x(b, at, half, None if left is None else b.sub(left, I64(first))))
-    for number, vector in enumerate(reorder(b, vectors, block.order)):
-        b.store(vector, pointer(b, b.add(target, I64(4 * LANES * number)), VF32), align=4)
-
-
-def _emit_group(
-    b: Any, plan: tuple[Block, ...], half: bool, x: Any, target: Any, columns: Any
-) -> None:
-    """One group of one activation; `target` has room for whole blocks."""
-    done = I64(0)
-    for block in plan:
-        size = I64(block.columns)
-        left = b.sub(columns, done)
-        full = b.udiv(left, size)
-
-        def put(number: Any, short: Any, block: Block = block, done: Any = done) -> None:
-            at = b.add(done, b.mul(number, I64(block.columns)))
-            source = b.add(x, b.mul(at, I64(2 if half else 4)))
-            _block(b, block, half, source, b.add(target, b.mul(at, I64(4))), short)
-
-        with cgutils.for_range(b, full) as loop:
-            put(loop.index, None)
-        done = b.add(done, b.mul(full, size))
-        if block is plan[-1]:
-            tail = b.sub(columns, done)
-            with b.if_then(b.icmp_unsigned(">", tail, I64(0))):
-                put(full, tail, done=b.sub(done, b.mul(full, size)))
-
-
 def padded(b: Any, plan: tuple[Block, ...], columns: Any) -> Any:
     """Columns of a group, with those that fill its last block."""
     done = I64(0)
@@ -127,39 +67,43 @@ def padded(b: Any, plan: tuple[Block, ...], columns: Any) -> Any:
     return b.add(done, b.mul(count, I64(size)))
 
 
-def _arrange(
-    typing: Any,
-    bits: Any,
-    lut: Any,
-    vbmi: Any,
-    half: Any,
-    x: Any,
-    target: Any,
-    count: Any,
-    columns: Any,
-) -> Any:
-    """Put `count` groups of `columns` activations, at the address `x`, into the blocks' order.
+def _reorder_block(b: Any, block: Block, address: Any) -> None:
+    kinds = [pointer(b, b.add(address, I64(64 * i)), VF32) for i in range(block.columns // LANES)]
+    vectors = [b.load(kind, align=4) for kind in kinds]
+    for vector, kind in zip(reorder(b, vectors, block.order), kinds, strict=True):
+        b.store(vector, kind, align=4)
 
-    `x` holds float32 or (`half`) bfloat16, `target` has room for `padded_columns` float32 a group.
+
+def _arrange(typing: Any, bits: Any, lut: Any, vbmi: Any, x: Any, count: Any, columns: Any) -> Any:
+    """Bring `count` groups of activations into the blocks' order, where they are.
+
+    They are float32 at the address `x`, `columns` in each group and zeros up to `padded_columns`.
     """
-    plan = blocks(bits.literal_value, lut.literal_value, vbmi.literal_value)
+    plan = blocks(bits.literal_value, lut.literal_value, bool(vbmi.literal_value))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, into, groups, width = args[4:]
-        room = builder.mul(padded(builder, plan, width), I64(4))
-        step = builder.mul(width, I64(2 if half.literal_value else 4))
-        with cgutils.for_range(builder, groups) as group:
-            at = builder.add(source, builder.mul(group.index, step))
-            to = builder.add(into, builder.mul(group.index, room))
-            _emit_group(builder, plan, half.literal_value, at, to, width)
+        b = builder
+        first, groups, width = args[3:]
+        room = b.mul(padded(b, plan, width), I64(4))
+        with cgutils.for_range(b, groups) as group:
+            at = b.add(first, b.mul(group.index, room))
+            end = b.add(at, room)
+            for block in plan:
+                size = I64(4 * block.columns)
+                full = b.udiv(b.sub(end, at), size)
+                if block is not plan[-1]:
+                    full = b.udiv(width, I64(block.columns))
+                with cgutils.for_range(b, full) as loop:
+                    _reorder_block(b, block, b.add(at, b.mul(loop.index, size)))
+                at = b.add(at, b.mul(full, size))
         return context.get_dummy_value()
 
-    return types.void(bits, lut, vbmi, half, *[types.int64] * 4), codegen
+    return types.void(bits, lut, vbmi, *[types.int64] * 3), codegen
 
 
 def _padded_columns(typing: Any, bits: Any, lut: Any, vbmi: Any, columns: Any) -> Any:
     """Columns of a group, with those that fill its last block."""
-    plan = blocks(bits.literal_value, lut.literal_value, vbmi.literal_value)
+    plan = blocks(bits.literal_value, lut.literal_value, bool(vbmi.literal_value))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return padded(builder, plan, args[3])

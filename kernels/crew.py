@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from sketchconv.kernels.atomics import add, address_of, call_span, get, give_way, pause, put
+from sketchconv.kernels.atomics import (
+    address_of,
+    call_span,
+    fetch_add,
+    give_way,
+    pause,
+    read,
+    write,
+    yield_address,
+)
 from sketchconv.kernels.jit import jit
 from sketchconv.kernels.pointers import carray, pointer_to
 
@@ -26,7 +35,6 @@ BOARD_WORDS = 64
 MULTIPLY_ARGS, DECODE_ARGS = 9, 6
 
 SPANS_PER_THREAD = 4  # a thread that loses its core holds up a quarter of its part
-YIELD_EVERY = 256
 SPINS = 2000  # about 0.1 ms on x86: longer than the gaps between the layers of a network
 
 
@@ -37,7 +45,7 @@ def _work(board: int) -> None:
     kernel, count, rows, step = words[KERNEL], words[COUNT], words[ROWS], words[STEP]
     args = board + 8 * ARGS
     while True:
-        begin = add(board + 8 * NEXT, step)
+        begin = fetch_add(board + 8 * NEXT, step)
         if begin >= rows:
             return
         end = min(begin + step, rows)
@@ -52,36 +60,38 @@ def _stand_by(board: int, spins: int) -> None:
     """Help with every job that opens; return after `spins` pauses without one."""
     idle = 0
     while idle < spins:
-        if get(board + 8 * OPEN):
+        if read(board + 8 * OPEN):
             # Enter first, look again then: the caller closes first and then waits for the inside
             # to be empty, so that nobody reads a job that is being replaced.
-            add(board + 8 * INSIDE, 1)
-            if get(board + 8 * OPEN):
+            fetch_add(board + 8 * INSIDE, 1)
+            if read(board + 8 * OPEN):
                 _work(board)
                 idle = 0
-            add(board + 8 * INSIDE, -1)
+            fetch_add(board + 8 * INSIDE, -1)
         pause()
         idle += 1
 
 
 @jit
-def _lead(board: int, kernel: int, count: int, rows: int, step: int, args: Any) -> None:
+def _lead(
+    board: int, kernel: int, count: int, rows: int, step: int, args: Any, yield_at: int
+) -> None:
     """Open a job, work on it, close it, and wait for those who still hold a span."""
     words = carray(pointer_to(board, np.int64), (BOARD_WORDS,))
     words[KERNEL], words[COUNT], words[ROWS], words[STEP] = kernel, count, rows, step
     for i in range(count):
         words[ARGS + i] = args[i]
-    put(board + 8 * NEXT, 0)
-    put(board + 8 * OPEN, 1)
+    write(board + 8 * NEXT, 0)
+    write(board + 8 * OPEN, 1)
     _work(board)
-    put(board + 8 * OPEN, 0)
+    write(board + 8 * OPEN, 0)
     spins = 0
-    while get(board + 8 * INSIDE):
+    while read(board + 8 * INSIDE):
         spins += 1
-        if spins % YIELD_EVERY:
+        if spins > SPINS and yield_at:  # a helper may have lost its core in the middle of a span
+            give_way(yield_at)
+        else:
             pause()
-        else:  # a helper may have lost its core in the middle of a span
-            give_way()
 
 
 class Crew:
@@ -111,7 +121,7 @@ class Crew:
                 self._asleep[number] = False
                 self._bells[number].release()
         spans = SPANS_PER_THREAD * (1 + len(self._bells))
-        _lead(self._board, kernel, len(args), rows, -(-rows // spans), args)
+        _lead(self._board, kernel, len(args), rows, -(-rows // spans), args, yield_address())
 
 
 @cache

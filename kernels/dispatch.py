@@ -35,7 +35,7 @@ class Multiply(Protocol):
         tables: int,
         x: int,
         y: int,
-        half: bool,
+        half: int,
         tokens: int,
         rows: int,
         groups: int,

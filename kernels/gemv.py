@@ -111,11 +111,6 @@ def _kernel(name: str | None, bits: int, lut: str) -> Multiply:
     return choose(name).multiply(bits, lut)
 
 
-def multiply_group(matrices: tuple[Packed, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """`multiply` of one `x` with several matrices, as q, k and v or gate and up have it."""
-    return tuple(multiply(matrix, x) for matrix in matrices)
-
-
 def _multiply_tiles(matrix: Packed, x: Tensor, kernel: str | None) -> Tensor:
     dtype = x.dtype
     if dtype is not torch.bfloat16 or not _fast_bf16():

@@ -28,7 +28,7 @@ def _arranger(bits: int) -> Any:
     places = np.array(order(bits), np.int64)
 
     @inner
-    def arranged(x: int, half: bool, tokens: int, groups: int, columns: int) -> Any:
+    def arranged(x: int, half: int, tokens: int, groups: int, columns: int) -> Any:
         blocks = (columns + COLUMNS - 1) // COLUMNS
         target = np.zeros(tokens * groups * blocks * COLUMNS, np.float32)
         words = target.view(np.uint32)
@@ -50,7 +50,7 @@ def _arranger(bits: int) -> Any:
 
 
 @inner
-def _put(y: int, at: int, value: Any, half: bool) -> None:
+def _put(y: int, at: int, value: Any, half: int) -> None:
     if half:
         carray(pointer_to(y + 2 * at, np.uint16), (1,))[0] = round_bf16(value)
     else:
@@ -72,7 +72,7 @@ def multiply_kernel(bits: int, lut: str) -> Any:
         tables: int,
         x: int,
         y: int,
-        half: bool,
+        half: int,
         tokens: int,
         rows: int,
         groups: int,

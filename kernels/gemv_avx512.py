@@ -12,7 +12,7 @@ from sketchconv.kernels.avx512_bf16 import decode_group_bf16
 from sketchconv.kernels.avx512_blocks import by_bytes
 from sketchconv.kernels.avx512_order import arrange, padded_columns
 from sketchconv.kernels.entries import round_bf16
-from sketchconv.kernels.jit import jit
+from sketchconv.kernels.jit import inner, jit
 from sketchconv.kernels.planes import fields
 from sketchconv.kernels.pointers import carray, pointer_to
 
@@ -22,29 +22,40 @@ MANY_BYTES = 1 << 15  # activations that stay there; beyond, 2 at once are faste
 
 
 @cache
-def _arranger(bits: int, lut: str, vbmi: int) -> Any:
+def _arranger(bits: int, lut: str, fast: int) -> Any:
     """Function that gives activations as float32 in the order of the blocks.
 
     Each group is padded with zeros to whole blocks. The result starts at a multiple of 64 bytes.
     """
 
-    @jit
-    def arranged(x: int, half: bool, tokens: int, groups: int, columns: int) -> Any:
-        size = tokens * groups * padded_columns(bits, lut, vbmi, columns)
-        room = np.empty(size + ALIGNMENT // 4, np.float32)
+    @inner
+    def arranged(x: int, half: int, tokens: int, groups: int, columns: int) -> Any:
+        width = padded_columns(bits, lut, fast, columns)
+        count = tokens * groups
+        room = np.empty(count * width + ALIGNMENT // 4, np.float32)
         skip = (-room.ctypes.data % ALIGNMENT) // 4
-        target = room[skip : skip + size]
-        if half:
-            arrange(bits, lut, vbmi, 1, x, target.ctypes.data, tokens * groups, columns)
-        else:
-            arrange(bits, lut, vbmi, 0, x, target.ctypes.data, tokens * groups, columns)
+        target = room[skip : skip + count * width]
+        words = target.view(np.uint32)
+        raw32 = carray(pointer_to(x, np.uint32), (count * columns,))
+        raw16 = carray(pointer_to(x, np.uint16), (count * columns,))
+        for group in range(count):
+            source, first = group * columns, group * width
+            if half:
+                for i in range(columns):
+                    words[first + i] = np.uint32(raw16[source + i]) << np.uint32(16)
+            else:
+                for i in range(columns):
+                    words[first + i] = raw32[source + i]
+            for i in range(columns, width):
+                words[first + i] = 0
+        arrange(bits, lut, fast, np.int64(target.ctypes.data), count, columns)
         return target
 
     return arranged
 
 
-@jit
-def _put(y: int, at: int, value: Any, half: bool) -> None:
+@inner
+def _put(y: int, at: int, value: Any, half: int) -> None:
     if half:
         carray(pointer_to(y + 2 * at, np.uint16), (1,))[0] = round_bf16(value)
     else:
@@ -67,7 +78,7 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
         tables: int,
         x: int,
         y: int,
-        half: bool,
+        half: int,
         tokens: int,
         rows: int,
         groups: int,

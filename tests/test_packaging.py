@@ -130,7 +130,7 @@ def test_importing_sketchconv_registers_the_quantizer_before_and_after_transform
 
 
 def test_help_answers_for_every_command(tmp_path):
-    for command in ("", "convert", "inspect", "verify", "generate"):
+    for command in ("", "convert", "inspect", "verify", "generate", "doctor"):
         arguments = [word for word in (command, "--help") if word]
         done = subprocess.run(
             [sys.executable, "-P", "-m", "sketchconv", *arguments],

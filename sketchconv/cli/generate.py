@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+NOT_WANTED = "transformers' loop, as asked"
+
 
 @click.command("generate")
 @click.argument("model", type=click.Path())
@@ -24,12 +26,21 @@ import click
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--chat/--no-chat", default=None, help="Use the chat template. [default: if any]")
 @click.option("--system", help="System message of the chat.")
+@click.option(
+    "--own-loop/--no-own-loop",
+    default=True,
+    show_default=True,
+    help="Decode with sketchconv's compiled loop where the model allows it.",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
-def command(model: str, prompt: str, *, threads: int | None, **options: Any) -> None:
+def command(
+    model: str, prompt: str, *, threads: int | None, own_loop: bool, **options: Any
+) -> None:
     """Continue PROMPT with the sketched MODEL (a .sktch file or a folder)."""
     # Before torch is imported. OpenMP's idle threads otherwise spin on cores that the kernels need:
     # SmolLM2 on 2 threads of 2 busy cores wrote 3.8 tokens/s with spinning, 17.3 without.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from sketchconv.runtime.decoder import describe
     from sketchconv.runtime.generate import stream
     from sketchconv.runtime.load import load, load_tokenizer, set_threads
 
@@ -41,7 +52,7 @@ def command(model: str, prompt: str, *, threads: int | None, **options: Any) -> 
     network = load(model)
     loaded = time.perf_counter()
     first, text = 0.0, ""
-    for piece in stream(network, tokenizer, prompt, **options):
+    for piece in stream(network, tokenizer, prompt, own_loop=own_loop, **options):
         first = first or time.perf_counter()
         text += piece
         click.echo(piece, nl=False)
@@ -50,7 +61,8 @@ def command(model: str, prompt: str, *, threads: int | None, **options: Any) -> 
     rate = (count - 1) / max(time.perf_counter() - first, 1e-9) if count > 1 else 0.0
     click.echo(
         f"loaded in {loaded - started:.1f} s; prompt read (and, the first time, kernels compiled) "
-        f"in {first - loaded if first else 0:.1f} s; {count} tokens at {rate:.1f} tokens/s",
+        f"in {first - loaded if first else 0:.1f} s; {count} tokens at {rate:.1f} tokens/s "
+        f"({describe(network) if own_loop else NOT_WANTED})",
         err=True,
     )
 

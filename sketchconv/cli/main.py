@@ -20,6 +20,7 @@ _COMMANDS = {
     "inspect": ("sketchconv.cli.inspect", "Show what a model file or folder holds."),
     "verify": ("sketchconv.cli.verify", "Check every digest and every rule of a sketch."),
     "generate": ("sketchconv.cli.generate", "Write text with a sketched language model."),
+    "doctor": ("sketchconv.cli.doctor", "Show which kernels run here and why; test them."),
 }
 
 EXIT_ERROR = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def stream(
     seed: int = 0,
     chat: bool | None = None,
     system: str | None = None,
+    own_loop: bool = True,
 ) -> Iterator[str]:
     """Continue `prompt`, or answer it, and yield the text as it comes.
 
@@ -39,6 +41,7 @@ def stream(
         seed: of the sampling; the global random state is left as it was.
         chat: use the chat template; None uses it where there is one.
         system: the system message of the chat.
+        own_loop: decode with the compiled loop (`runtime.decoder`) where the model allows it.
 
     Generation stops at the end-of-sequence tokens of the model's generation config and of the
     tokenizer. Closing the iterator stops it too.
@@ -50,7 +53,7 @@ def stream(
         raise LoadError(f"{type(model).__name__} does not generate text")
     inputs = _encode(model, tokenizer, prompt, chat, system)
     config = _config(model, tokenizer, max_new_tokens, temperature, top_p)
-    return _run(model, tokenizer, inputs, config, seed)
+    return _run(model, tokenizer, inputs, config, seed, own_loop)
 
 
 def _encode(
@@ -103,12 +106,29 @@ def _config(
     return config  # type: ignore[no-any-return]
 
 
+@contextmanager
+def _loop(
+    model: PreTrainedModel, inputs: dict[str, Any], config: Any, own_loop: bool
+) -> Iterator[dict[str, Any]]:
+    """The compiled loop while the context lasts, and the cache that `generate` needs for it."""
+    from sketchconv.runtime.decoder import Decoder, why_not
+
+    if not own_loop or why_not(model) is not None:
+        yield {}
+        return
+    with Decoder(model) as decoder:
+        yield {
+            "past_key_values": decoder.cache(inputs["input_ids"].shape[1] + config.max_new_tokens)
+        }
+
+
 def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: dict[str, Any],
     config: GenerationConfig,
     seed: int,
+    own_loop: bool,
 ) -> Iterator[str]:
     from transformers import TextIteratorStreamer
 
@@ -122,11 +142,10 @@ def _run(
 
     def work() -> None:
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _loop(model, inputs, config, own_loop) as cache:
                 torch.manual_seed(seed)
-                generate(
-                    **inputs, generation_config=config, streamer=pieces, stopping_criteria=[stop]
-                )
+                options = {"generation_config": config, "streamer": pieces}
+                generate(**inputs, **cache, **options, stopping_criteria=[stop])
         except BaseException as error:  # raised again in the caller's thread
             failures.append(error)
             pieces.on_finalized_text("", stream_end=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -32,7 +33,17 @@ KERNELS = (
 )
 LUTS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # rows, groups, columns: below one block, tails of every plane, several groups, several blocks
-SHAPES = ((5, 1, 1), (3, 1, 7), (6, 3, 45), (4, 2, 600), (3, 1, 1300), (2, 1, 128), (7, 5, 640))
+SHAPES = (
+    (5, 1, 1),
+    (3, 1, 7),
+    (6, 3, 45),
+    (4, 2, 600),
+    (3, 1, 1300),
+    (2, 1, 128),
+    (7, 5, 640),
+    (3, 9, 333),
+    (2, 2, 768),
+)
 
 
 def make(bits, rows, groups, columns, lut="F16", seed=0):
@@ -156,14 +167,92 @@ def test_bfloat16_and_float16_activations(kernel):
         assert ((y.double() - exact).abs() <= exact.abs() * unit + 2 * slack).all()
 
 
+def run(kernel, matrix, x, begin=0, end=None):
+    """The kernel itself, without what `gemv` does for many tokens or threads."""
+    y = torch.full((x.shape[0], matrix.rows), torch.nan, dtype=x.dtype)
+    dispatch.choose(kernel).multiply(matrix.bits, matrix.lut_dtype)(
+        begin,
+        matrix.rows if end is None else end,
+        matrix.index.data_ptr(),
+        matrix.lut.data_ptr(),
+        x.data_ptr(),
+        y.data_ptr(),
+        x.dtype is torch.bfloat16,
+        x.shape[0],
+        matrix.rows,
+        matrix.groups,
+        matrix.group_columns,
+    )
+    return y
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_token_has_the_result_that_it_has_alone(kernel, bits):
-    _, matrix = make(bits, 40, 2, 300)
-    x = torch.randn(7, 300, generator=torch.Generator().manual_seed(1))
-    together = gemv.multiply(matrix, x, kernel)
-    for token in range(7):
-        assert torch.equal(together[token], gemv.multiply(matrix, x[token], kernel))
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("columns", [300, 2100])
+def test_a_token_has_the_result_that_it_has_alone(kernel, bits, columns):
+    """At any number of tokens, in any span of rows: the order of a row's sum is its own."""
+    _, matrix = make(bits, 21, 2, columns)
+    x = torch.randn(9, columns, generator=torch.Generator().manual_seed(1))
+    for dtype in (torch.float32, torch.bfloat16):
+        some = x.to(dtype)
+        alone = torch.cat([run(kernel, matrix, some[i : i + 1].clone()) for i in range(9)])
+        for tokens in range(1, 10):
+            assert torch.equal(run(kernel, matrix, some[:tokens].clone()), alone[:tokens])
+        part = run(kernel, matrix, some, 5, 18)
+        assert torch.equal(part[:, 5:18], alone[:, 5:18])
+        assert torch.isnan(part[:, :5]).all()
+        assert torch.isnan(part[:, 18:]).all()
+
+
+def hard_rows(bits, columns):
+    """Codes and a LUT: a constant row, ties, one outlier, two values, zeros, huge and tiny ones."""
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (7, columns)).astype(np.uint8)
+    table = rng.standard_normal((7, 1, 2**bits)).astype(np.float32)
+    codes[0] = 2**bits - 1
+    table[1] = 0.375
+    codes[2] = 0
+    codes[2, columns // 2] = 2**bits - 1
+    table[2, 0, -1] = 3e4
+    codes[3] = np.arange(columns) % 2 * (2**bits - 1)
+    table[4] = 0
+    table[5] *= 2.0**-18
+    table[6] = np.where(np.arange(2**bits) % 2, 6e4, -6e4)
+    return codes, table
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_hard_rows(kernel, bits):
+    for columns in (77, 515):
+        codes, table = hard_rows(bits, columns)
+        index = torch.from_numpy(pack_rows(codes, bits, 1))
+        matrix = Packed.of(index, torch.from_numpy(table).half(), columns)
+        x = torch.randn(2, columns, generator=torch.Generator().manual_seed(4))
+        x[:, -1] = 100.0  # what is lost or doubled at the end of a row shows
+        expected = reference_linear.linear(x.numpy(), index.numpy(), carrier(matrix.lut))
+        error = np.abs(run(kernel, matrix, x).numpy() - expected)
+        assert (error <= bound(matrix, x, 2.0**-24)).all()
+        assert (run(kernel, matrix, x)[:, 4] == 0).all()
+        assert np.array_equal(dequantize.decode(matrix, kernel=kernel).numpy(), dense(matrix))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiled_code_can_call_the_kernels(kernel):
+    _, matrix = make(4, 6, 1, 64)
+    multiply = dispatch.choose(kernel).multiply(4, "F16")
+    decode = dispatch.choose(kernel).decode(4, "F16", "F32")
+
+    @numba.njit
+    def both(index, tables, x, y, dense):
+        multiply(0, 6, index, tables, x, y, False, 1, 6, 1, 64)
+        decode(0, 6, index, tables, 0, dense, 1, 64)
+
+    x, y, weight = torch.ones(1, 64), torch.empty(1, 6), torch.empty(6, 64)
+    tensors = (matrix.index, matrix.lut, x, y, weight)
+    both(*(tensor.data_ptr() for tensor in tensors))
+    assert torch.equal(y, run(kernel, matrix, x))
+    assert torch.equal(weight, torch.from_numpy(dense(matrix)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -199,7 +288,9 @@ def test_many_tokens_go_through_tiles(kernel, monkeypatch):
     assert gemv.multiply(matrix, x.half(), kernel).dtype is torch.float16
 
 
-def test_no_read_beyond_the_last_byte(tmp_path):
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("lut", "widths"), [("F16", range(1, 9)), ("F32", (3, 8))])
+def test_no_read_beyond_the_last_byte(kernel, lut, widths, tmp_path):
     """The last row ends at the end of a mapped page; the page after it cannot be read."""
     code = f"""
 import ctypes, mmap, numpy as np, torch
@@ -214,17 +305,19 @@ def guarded(size):
     base = ctypes.addressof(ctypes.c_char.from_buffer(area))
     assert libc.mprotect(ctypes.c_void_p(base + room), page, 0) == 0
     return area, torch.frombuffer(area, dtype=torch.uint8, count=size, offset=room - size)
-for bits in range(1, 9):
+for bits in {tuple(widths)}:
     for columns in (1, 33, 130, 600):
         _, index = guarded(3 * packed_size(columns, bits))
-        _, lut = guarded(3 * 2**bits * 2)
-        matrix = Packed.of(index.view(3, 1, -1), lut.view(torch.float16).view(3, 1, -1), columns)
-        _, x = guarded(4 * columns)
-        gemv.multiply(matrix, x.view(torch.float32).view(1, columns))
+        _, lut = guarded(3 * 2**bits * {4 if lut == "F32" else 2})
+        lut = lut.view({LUTS[lut]})
+        matrix = Packed.of(index.view(3, 1, -1), lut.view(3, 1, -1), columns)
+        for dtype in (torch.float32, torch.bfloat16):
+            _, x = guarded(dtype.itemsize * columns)
+            gemv.multiply(matrix, x.view(dtype).view(1, columns), kernel="{kernel}")
         _, out = guarded(3 * columns * 4)
-        dequantize.decode_into(matrix, out.view(torch.float32).view(3, columns))
+        dequantize.decode_into(matrix, out.view(torch.float32).view(3, columns), kernel="{kernel}")
         _, out = guarded(3 * columns * 2)
-        dequantize.decode_into(matrix, out.view(torch.bfloat16).view(3, columns))
+        dequantize.decode_into(matrix, out.view(torch.bfloat16).view(3, columns), kernel="{kernel}")
 print("sound", {packed_size(7, 3)})
 """
     if not sys.platform.startswith("linux"):
@@ -259,10 +352,32 @@ def test_a_choice_carries_its_reasons():
 @pytest.mark.parametrize("name", dispatch.OVERRIDES)
 def test_numba_overrides_choose_the_portable_path(monkeypatch, name):
     monkeypatch.setenv(name, "generic")
-    assert name in dispatch.why_not(dispatch.AVX512_FEATURES)
+    for needs in (dispatch.AVX512_FEATURES, dispatch.AVX2_FEATURES):
+        assert name in dispatch.why_not(needs)
+    assert dispatch.why_not(()) is None
 
 
-def test_a_generic_cpu_runs_the_portable_path(tmp_path):
+@pytest.mark.parametrize(
+    ("features", "first"),
+    [
+        ({*dispatch.AVX512_FEATURES, *dispatch.AVX2_FEATURES}, "avx512"),
+        ({*dispatch.AVX512_FEATURES, *dispatch.AVX2_FEATURES} - {"avx512bw"}, "avx2"),
+        ({*dispatch.AVX2_FEATURES} - {"f16c"}, "portable"),
+        (set(), "portable"),
+    ],
+)
+def test_the_fastest_kernels_that_a_cpu_can_run(monkeypatch, features, first):
+    for name in dispatch.OVERRIDES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dispatch, "cpu_features", lambda: frozenset(features))
+    choice = dispatch.choose.__wrapped__()
+    assert choice.name == first
+    for rejected in choice.rejected:
+        assert rejected.reason.startswith("this CPU lacks ")
+
+
+@pytest.mark.parametrize("name", ["generic", "haswell"])
+def test_an_overridden_cpu_runs_the_portable_path(tmp_path, name):
     code = """
 import torch
 from sketchconv.kernels import gemv, dispatch
@@ -271,7 +386,7 @@ x, index = torch.ones(1, 8), torch.full((1, 1, 4), 0x21, dtype=torch.uint8)
 y = gemv.multiply(Packed.of(index, torch.arange(16.0).view(1, 1, 16), 8), x)
 print(dispatch.choose().name, y.item(), dispatch.choose().rejected[0].reason)
 """
-    cache = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    cache = {"NUMBA_CPU_NAME": name, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     done = run_python(code, tmp_path, **cache)
     assert done.stdout.startswith("portable 12.0 NUMBA_CPU_NAME is set"), done.stderr[-2000:]
 

@@ -1,0 +1,155 @@
+"""Dense rows of a sketch, for CUDA and ROCm: all of them, or those that are looked up."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sketchconv.kernels.gpu.catalog import Variant
+from sketchconv.kernels.gpu.codes import codes
+from sketchconv.kernels.gpu.jit import jit
+from sketchconv.kernels.gpu.launch import geometry, on
+from sketchconv.kernels.gpu.rounding import put
+
+TILE = 2048  # weights of a program: 16 a thread
+
+
+@jit
+def _rows_kernel(
+    index: tl.tensor,
+    lut: tl.tensor,
+    ids: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    rows: tl.tensor,
+    groups: tl.tensor,
+    size: tl.tensor,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    REPACKED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """A tile of `out`: ROWS rows, all or under CHOSEN those in `ids`, by columns of one group.
+
+    An id that is no row gives NaN: nothing outside of the sketch is read.
+    """
+    TILES: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS
+    group = tl.program_id(1) // TILES
+    column = tl.program_id(1) % TILES * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    wanted = (place < count) & (column < GROUP)
+    row = tl.load(ids + place, mask=place < count, other=0) if CHOSEN else place
+    known = (row >= 0) & (row < rows)
+    at = row * groups + group
+    code = codes(index + at * size, column, wanted & known, GROUP, BITS, REPACKED)
+    value = tl.load(lut + (at << BITS) + code, mask=wanted & known, other=0.0)
+    value = tl.where(known, value.to(tl.float32), float("nan"))
+    out += place * groups * GROUP + group * GROUP
+    put(out + column, value, wanted, WIDE)
+
+
+def decode(
+    index: Tensor, lut: Tensor, columns: int, dtype: torch.dtype, layout: str = "planes-le"
+) -> Tensor:
+    """Dense rows ``[rows, columns]``, each entry of the LUT rounded once to `dtype`.
+
+    Args:
+        index: uint8 ``[rows, groups, bytes]``.
+        lut: float16, bfloat16 or float32 ``[rows, groups, 2**bits]``.
+        columns: of a row.
+        dtype: float16, bfloat16 or float32.
+        layout: order of the index, "planes-le" or "device".
+
+    Raises:
+        ValueError: another layout.
+    """
+    return _rows(index, lut, None, columns, dtype, layout)
+
+
+def gather(
+    ids: Tensor,
+    index: Tensor,
+    lut: Tensor,
+    columns: int,
+    dtype: torch.dtype,
+    layout: str = "planes-le",
+) -> Tensor:
+    """Rows `ids` (any integer tensor) as ``[*ids.shape, columns]``; the rest as in `decode`.
+
+    An id that is no row gives a row of NaN. The CPU raises there, but here the host would have to
+    wait for the GPU to know.
+    """
+    flat = ids.reshape(-1).to(torch.int64)
+    return _rows(index, lut, flat, columns, dtype, layout).view(*ids.shape, columns)
+
+
+def _rows(
+    index: Tensor, lut: Tensor, ids: Tensor | None, columns: int, dtype: torch.dtype, layout: str
+) -> Tensor:
+    rows, groups, entries = lut.shape
+    count = rows if ids is None else ids.shape[0]
+    width = columns // groups
+    high, wide = _tile(count, width)
+    out = torch.empty((count, columns), dtype=dtype, device=lut.device)
+    with on(lut.device):
+        _rows_kernel[(triton.cdiv(count, high), groups * triton.cdiv(width, wide))](
+            index,
+            lut,
+            index if ids is None else ids,
+            out,
+            count,
+            rows,
+            groups,
+            index.shape[-1],
+            **geometry(width, entries.bit_length() - 1, layout, dtype),
+            CHOSEN=ids is not None,
+            ROWS=high,
+            COLUMNS=wide,
+        )
+    return out
+
+
+def _tile(count: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a tile, powers of two: few rows where few are wanted."""
+    wide = min(triton.next_power_of_2(width), 256)
+    return int(min(triton.next_power_of_2(max(count, 1)), TILE // wide)), int(wide)
+
+
+def variants() -> tuple[Variant, ...]:
+    """What is compiled ahead of time."""
+    cases = (
+        (1, 4096, "bf16", False),
+        (3, 1376, "bf16", False),
+        (3, 1376, "bf16", True),
+        (4, 4096, "bf16", False),
+        (4, 4096, "fp32", True),
+        (7, 45, "bf16", True),
+        (8, 4096, "fp32", False),
+    )
+    return tuple(_variant(*case) for case in cases)
+
+
+def _variant(bits: int, group: int, element: str, chosen: bool) -> Variant:
+    high, wide = _tile(4096, group)
+    dtype = torch.bfloat16 if element == "bf16" else torch.float32
+    ids = "*i64" if chosen else "*u8"
+    pointers = {"index": "*u8", "lut": "*fp16", "ids": ids, "out": f"*{element}"}
+    numbers = dict.fromkeys(("count", "rows", "groups", "size"), "i32")
+    return Variant(
+        name=f"{'gather' if chosen else 'decode'}-{bits}bit-{group}-{element}",
+        kernel=_rows_kernel,
+        signature={**pointers, **numbers},
+        constants={
+            **geometry(group, bits, "device", dtype),
+            "CHOSEN": chosen,
+            "ROWS": high,
+            "COLUMNS": wide,
+        },
+        aligned=("rows",),
+    )

@@ -1,0 +1,92 @@
+"""Every kernel compiles for every target and stays within its resources; nothing runs on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def _module(name: str):
+    spec = importlib.util.spec_from_file_location(f"gpu_{name}", HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+aot = _module("aot")
+resources = _module("resources")
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return aot.in_a_child()
+
+
+@pytest.fixture(scope="module")
+def catalogue():
+    return resources.catalogue()
+
+
+@pytest.mark.parametrize("target", aot.TARGETS, ids=lambda target: target.name)
+def test_every_variant_compiles(costs, catalogue, target):
+    wanted = {name for name, each in catalogue.items() if target.backend in each["backends"]}
+    assert set(costs[target.name]) == wanted
+
+
+@pytest.mark.parametrize("target", aot.TARGETS, ids=lambda target: target.name)
+def test_nothing_spills(costs, target):
+    found = costs[target.name]
+    assert {name: cost for name, cost in found.items() if cost.stack or cost.spills} == {}
+
+
+@pytest.mark.parametrize("target", aot.TARGETS, ids=lambda target: target.name)
+def test_shared_memory_is_within_the_device(costs, target):
+    found = costs[target.name]
+    assert {name: c.shared for name, c in found.items() if c.shared > target.shared} == {}
+
+
+@pytest.mark.parametrize("target", aot.TARGETS, ids=lambda target: target.name)
+def test_instructions_per_weight(costs, catalogue, target):
+    over = {
+        name: (cost.per_weight, limit)
+        for name, cost in costs[target.name].items()
+        if (limit := catalogue[name]["most"].get(str(target.arch))) is not None
+        and not cost.per_weight <= limit
+    }
+    assert over == {}
+
+
+def test_the_gates_of_the_design_are_set(catalogue):
+    """A gate that is dropped by mistake would not fail; these are the figures to hold."""
+    most = {name: each["most"].get("80") for name, each in catalogue.items()}
+    assert most["permute-4bit-1tok"] <= 4.5
+    assert most["permute-3bit-1tok"] <= 3.4
+    assert most["gemv-4bit"] <= 8.7
+    assert most["matmul-4bit"] <= 15
+
+
+def test_the_committed_table_is_what_the_compiler_says(costs, catalogue):
+    import triton
+
+    text = resources.PATH.read_text(encoding="utf-8")
+    if f"Triton {triton.__version__}" in text:
+        assert text == resources.render(costs, catalogue), "run python tests/gpu/resources.py"
+    else:  # another compiler, other registers: the same kernels at least
+        assert [name for name in catalogue if f"| {name} |" not in text] == []
+
+
+def test_the_inner_loop_is_found():
+    def line(place: int, text: str) -> str:
+        return f"        /*{place:04x}*/                   {text} ;   /* 0x00 */\n"
+
+    body = "".join(line(16 * i, "FFMA R0, R0, R0, R0") for i in range(64))
+    waits = line(0x400, "BRA 0x3f0")
+    inner = line(0x410, "@P0 BRA 0x100")
+    outer = line(0x420, "@!P1 BRA 0x000")
+    assert aot.inner_loop(body + waits + inner + outer) == 50
