@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import subprocess
 import sys
 import types
 import warnings
@@ -197,3 +199,46 @@ def test_inputs_of_other_kinds_are_refused(layers):
     for dtype in (torch.float32, torch.float64):
         with pytest.raises(ValueError, match="47"):
             module(torch.ones(2, 47, dtype=dtype))
+
+
+INTERPRETED = """
+import inspect
+import torch
+from sketchconv.kernels import plain
+from sketchconv.kernels.gpu import ops
+from sketchconv.runtime import devices, functions
+from sketchconv.runtime.modules import SketchEmbedding, SketchLinear
+
+for name in ops.__all__:
+    ours = [*inspect.signature(getattr(plain, name)).parameters, "layout"]
+    assert list(inspect.signature(getattr(ops, name)).parameters) == ours, name
+torch.manual_seed(0)
+module = SketchLinear(64, 32, 3, 2, lut_dtype=torch.float32)
+rows = SketchEmbedding(30, 64, 3, 2, lut_dtype=torch.float32)
+for each in (module, rows):
+    each.sketch_index.random_(0, 256)
+    each.sketch_lut.data.normal_()
+x = torch.randn(3, 64, requires_grad=True)
+
+def run():
+    x.grad = None
+    y, z = module(x), rows(torch.tensor([[1, 4], [4, 29]]))
+    slopes = torch.autograd.grad(
+        y.square().sum() + z.square().sum(), (x, module.sketch_lut, rows.sketch_lut)
+    )
+    return y, z, *slopes, module.dequantize()
+
+expected = run()
+devices.on_gpu = lambda tensor: True
+functions.packed_of = lambda *_: None
+SketchLinear.packed = SketchEmbedding.packed = lambda self: None
+for one, other in zip(run(), expected, strict=True):
+    assert torch.allclose(one, other, rtol=1e-5, atol=1e-4)
+assert module.layout == rows.layout == "device"
+"""
+
+
+def test_modules_and_real_gpu_kernels_agree_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-P", "-c", INTERPRETED], check=True, env=environment)
