@@ -25,7 +25,7 @@ def unpack(index: Tensor, bits: int, columns: int) -> Tensor:
         size = -(-columns * width // 8)
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=index.device)
         split = (index[..., base : base + size].unsqueeze(-1) >> shifts) & (2**width - 1)
-        codes |= split.flatten(-2)[..., :columns] << first
+        codes = codes | split.flatten(-2)[..., :columns] << first  # not in place, for `vmap`
         base, first = base + size, first + width
     return codes
 

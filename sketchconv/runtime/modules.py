@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from sketchconv.kernels import gemv, plain
 from sketchconv.runtime import functions, modes, ops
 from sketchconv.runtime.functions import KERNEL_DTYPES, SketchGather, SketchMatmul
-from sketchconv.runtime.fused import Place
 from sketchconv.runtime.sketch import ANCHOR, SketchModule
 
 __all__ = ["ANCHOR", "SketchEmbedding", "SketchLinear", "SketchModule"]
@@ -33,13 +30,9 @@ class SketchLinear(SketchModule):
     ``[..., out_features]`` in the same dtype, under autocast in that of autocast. Gradients flow to
     the input, the LUT and the bias, and cannot be differentiated again. Transforms of `torch.func`
     and forward-mode differentiation work, through plain torch operations.
-
-    `fused` is the module's place among siblings that get the same input (see `runtime.fused`), or
-    None.
     """
 
     bias: nn.Parameter | None
-    fused: Place | None = None
 
     def __init__(
         self,
@@ -78,12 +71,8 @@ class SketchLinear(SketchModule):
             if x.requires_grad or lut.requires_grad:
                 y: Tensor = SketchMatmul.apply(x, index, lut, packed, self.layout)  # type: ignore[no-untyped-call]
                 return y if bias is None else y + bias.to(y.dtype)
-            y = gemv.multiply(packed, x)
-            return y if bias is None else y + bias.to(y.dtype)
-        fused = self.fused
-        found = None if fused is None else fused.take(packed, x)
-        y = gemv.multiply(packed, x) if found is None else found
-        return y if bias is None else y.add_(bias)
+        y = gemv.multiply(packed, x)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _general(self, x: Tensor) -> Tensor:
         """As `forward`, wherever more is going on than data in CPU memory."""
@@ -107,11 +96,6 @@ class SketchLinear(SketchModule):
                 y = functions.multiply(x, index, lut, packed, layout)
         bias = self._parameters["bias"]
         return y if bias is None else y + bias.to(y.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        state.pop("fused", None)  # a copy has siblings of its own: fuse it again
-        return state
 
     def _shape(self) -> str:
         bias = self._parameters["bias"] is not None

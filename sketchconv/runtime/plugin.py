@@ -105,14 +105,12 @@ class SktchQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
-        """Settle and fuse the sketches, and freeze the model: train by `requires_grad_`."""
-        from sketchconv.runtime.fused import fuse
+        """Settle the sketches, and freeze the model: train by `requires_grad_`."""
         from sketchconv.runtime.modules import SketchModule
 
         for module in model.modules():
             if isinstance(module, SketchModule):
                 module.settle()
-        fuse(model)
         model.requires_grad_(False)
         return model
 

@@ -158,7 +158,7 @@ class SketchModule(nn.Module):
         return restored(index, self.bits, self.columns // self.groups)
 
     def _forget(self) -> None:
-        """Drop what is known of the tensors: their checked form, order, and siblings' results."""
+        """Drop what is known of the tensors: their checked form and order."""
         self._ready = None
         self._arranged = None
         self._layout = DISK

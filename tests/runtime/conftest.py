@@ -174,3 +174,31 @@ def tiny():
 def ids():
     """Two sequences of ten tokens."""
     return torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(4))
+
+
+def filled(module: Any, seed: int = 0) -> Any:
+    """A sketch module with random codes, LUT and bias."""
+    torch.manual_seed(seed)
+    module.sketch_index.random_(0, 256)
+    with torch.no_grad():
+        module.sketch_lut.normal_()
+        if getattr(module, "bias", None) is not None:
+            module.bias.normal_()
+    return module
+
+
+@pytest.fixture(scope="session")
+def layers():
+    """Makers of filled layers: `layers.linear()`, 48 to 20, and `layers.embedding()`, 30 by 48."""
+    from sketchconv.runtime.modules import SketchEmbedding, SketchLinear
+
+    class Makers:
+        @staticmethod
+        def linear(columns=48, rows=20, bits=4, groups=2, lut=torch.float32, **options):
+            return filled(SketchLinear(columns, rows, bits, groups, lut_dtype=lut, **options))
+
+        @staticmethod
+        def embedding(rows=30, columns=48, bits=3, groups=2, lut=torch.float32, **options):
+            return filled(SketchEmbedding(rows, columns, bits, groups, lut_dtype=lut, **options))
+
+    return Makers
