@@ -114,10 +114,11 @@ def yield_address() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
+@cache
 def address_of(kernel: Any, count: int) -> int:
     """Address of the C form of a compiled function of `count` int64 arguments and no result.
 
-    Compiles it, or loads it from the cache. The caller keeps `kernel`: the code lives as long.
+    Compiles it, or loads it from the disk. The cache keeps `kernel`, and so its code, for good.
     """
     result = kernel.get_compile_result(types.void(*[types.int64] * count))
     return int(result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))

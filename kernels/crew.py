@@ -129,11 +129,6 @@ def _crew(helpers: int) -> Crew:
     return Crew(helpers)
 
 
-@cache
-def _address(kernel: Any, count: int) -> int:
-    return address_of(kernel, count)
-
-
 _busy = threading.Lock()
 
 
@@ -164,6 +159,6 @@ def share(kernel: Any, rows: int, args: tuple[int, ...], threads: int) -> None:
         kernel(0, rows, *args)
         return
     try:
-        _crew(threads - 1).lead(_address(kernel, 2 + len(args)), rows, args)
+        _crew(threads - 1).lead(address_of(kernel, 2 + len(args)), rows, args)
     finally:
         busy.release()

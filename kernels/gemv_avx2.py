@@ -85,10 +85,10 @@ def multiply_kernel(bits: int, lut: str) -> Any:
         for width in widths:
             row_bytes += groups * ((columns * width + 7) // 8)
         stride = 4 * (activations.size // tokens)
-        first = np.int64(activations.ctypes.data)
         for tile in range(begin, end, TILE_ROWS):
             for token in range(0, tokens, 2):
-                at = first + token * stride
+                # The address is taken here, in the loops: Numba frees an array after its last use.
+                at = np.int64(activations.ctypes.data) + token * stride
                 for row in range(tile, min(tile + TILE_ROWS, end)):
                     codes = index + row * row_bytes
                     luts = tables + row * groups * lut_bytes

@@ -79,14 +79,14 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
         for width in widths:
             row_bytes += groups * ((columns * width + 7) // 8)
         stride = 4 * (activations.size // tokens)
-        first = np.int64(activations.ctypes.data)
         many = 4 if 4 * stride <= MANY_BYTES else 2
         for tile in range(begin, end, TILE_ROWS):
             last = min(tile + TILE_ROWS, end)
             token = 0
             while token < tokens:
                 count = many if token + many <= tokens else 2 if token + 2 <= tokens else 1
-                at = first + token * stride
+                # The address is taken here, in the loops: Numba frees an array after its last use.
+                at = np.int64(activations.ctypes.data) + token * stride
                 for row in range(tile, last):
                     codes = index + row * row_bytes
                     luts = tables + row * groups * lut_bytes

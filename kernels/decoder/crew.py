@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
 from queue import SimpleQueue
 from threading import Lock, Thread
 
@@ -39,11 +38,19 @@ class Crew:
             helper.jobs.put(job)
 
 
-@cache
+_crew = Crew()
+
+
 def crew() -> Crew:
-    """The crew of this process."""
-    return Crew()
+    """The crew of this process: made before any thread asks, so that there is only one."""
+    return _crew
+
+
+def _after_fork() -> None:
+    """A fork has no threads but its own."""
+    global _crew
+    _crew = Crew()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=crew.cache_clear)  # a fork has no threads but its own
+    os.register_at_fork(after_in_child=_after_fork)
