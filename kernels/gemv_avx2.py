@@ -19,34 +19,29 @@ TILE_ROWS = 16  # rows that pass by two activations while these stay in the firs
 decode_kernel = gemv_portable.decode_kernel
 
 
-@cache
-def _arranger(bits: int) -> Any:
-    """Function that gives activations as float32 in the order of the blocks.
+@inner
+def _arranged(places: Any, x: int, half: int, tokens: int, groups: int, columns: int) -> Any:
+    """Activations as float32 in the order `places` of the blocks.
 
     Each group is padded with zeros to whole blocks.
     """
-    places = np.array(order(bits), np.int64)
-
-    @inner
-    def arranged(x: int, half: int, tokens: int, groups: int, columns: int) -> Any:
-        blocks = (columns + COLUMNS - 1) // COLUMNS
-        target = np.zeros(tokens * groups * blocks * COLUMNS, np.float32)
-        words = target.view(np.uint32)
-        raw32 = carray(pointer_to(x, np.uint32), (tokens * groups * columns,))
-        raw16 = carray(pointer_to(x, np.uint16), (tokens * groups * columns,))
-        for number in range(tokens * groups * blocks):
-            first = number % blocks * COLUMNS
-            source = number // blocks * columns + first
-            for at in range(COLUMNS):
-                column = places[at]
-                if first + column < columns:
+    blocks = (columns + COLUMNS - 1) // COLUMNS
+    target = np.zeros(tokens * groups * blocks * COLUMNS, np.float32)
+    words = target.view(np.uint32)
+    raw32 = carray(pointer_to(x, np.uint32), (tokens * groups * columns,))
+    raw16 = carray(pointer_to(x, np.uint16), (tokens * groups * columns,))
+    for number in range(tokens * groups * blocks):
+        first = number % blocks * COLUMNS
+        source = number // blocks * columns + first
+        for at in range(COLUMNS):
+            column = places[at]
+            if first + column < columns:
+                if half:
+                    word = np.uint32(raw16[source + column]) << np.uint32(16)
+                else:
                     word = raw32[source + column]
-                    if half:
-                        word = np.uint32(raw16[source + column]) << np.uint32(16)
-                    words[number * COLUMNS + at] = word
-        return target
-
-    return arranged
+                words[number * COLUMNS + at] = word
+    return target
 
 
 @inner
@@ -60,7 +55,7 @@ def _put(y: int, at: int, value: Any, half: int) -> None:
 @cache
 def multiply_kernel(bits: int, lut: str) -> Any:
     """Kernel of `y = x @ W.T`; its arguments are listed at `dispatch.Multiply`."""
-    arranged = _arranger(bits)
+    places = np.array(order(bits), np.int64)
     lut_bytes = 2**bits * (4 if lut == "F32" else 2)
     widths = fields(bits)
 
@@ -80,7 +75,7 @@ def multiply_kernel(bits: int, lut: str) -> Any:
     ) -> None:
         if tokens == 0:
             return
-        activations = arranged(x, half, tokens, groups, columns)
+        activations = _arranged(places, x, half, tokens, groups, columns)
         row_bytes = 0
         for width in widths:
             row_bytes += groups * ((columns * width + 7) // 8)

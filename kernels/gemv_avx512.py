@@ -21,25 +21,12 @@ TILE_ROWS = 16  # rows that pass by each group of activations while these stay i
 MANY_BYTES = 1 << 15  # activations that stay there; beyond, 2 at once are faster than 4
 
 
-@cache
-def _arranger(bits: int, lut: str, fast: int) -> Any:
-    """Function that gives activations as float32 in the order of the blocks.
-
-    Each group is padded with zeros to whole blocks. The result starts at a multiple of 64 bytes.
-    """
-
-    @inner
-    def arranged(x: int, half: int, tokens: int, groups: int, columns: int) -> Any:
-        width = padded_columns(bits, lut, fast, columns)
-        size = tokens * groups * width
-        room = np.empty(size + ALIGNMENT // 4, np.float32)
-        skip = (-room.ctypes.data % ALIGNMENT) // 4
-        target = room[skip : skip + size]
-        at = np.int64(target.ctypes.data)
-        arrange(bits, lut, fast, half, x, at, tokens * groups, columns)
-        return target
-
-    return arranged
+@inner
+def _aligned(size: int) -> Any:
+    """Float32 that start at a multiple of 64 bytes."""
+    room = np.empty(size + ALIGNMENT // 4, np.float32)
+    skip = (-room.ctypes.data % ALIGNMENT) // 4
+    return room[skip : skip + size]
 
 
 @inner
@@ -54,7 +41,6 @@ def _put(y: int, at: int, value: Any, half: int) -> None:
 def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
     """Kernel of `y = x @ W.T`; its arguments are listed at `dispatch.Multiply`."""
     fast = int(vbmi and (bits == 3 or by_bytes(bits, lut, vbmi)))
-    arranged = _arranger(bits, lut, fast)
     lut_bytes = 2**bits * (4 if lut == "F32" else 2)
     widths = fields(bits)
 
@@ -74,11 +60,14 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
     ) -> None:
         if tokens == 0:
             return
-        activations = arranged(x, half, tokens, groups, columns)
+        width = padded_columns(bits, lut, fast, columns)
+        activations = _aligned(tokens * groups * width)
+        target = np.int64(activations.ctypes.data)
+        arrange(bits, lut, fast, half, x, target, tokens * groups, columns)
         row_bytes = 0
-        for width in widths:
-            row_bytes += groups * ((columns * width + 7) // 8)
-        stride = 4 * (activations.size // tokens)
+        for field in widths:
+            row_bytes += groups * ((columns * field + 7) // 8)
+        stride = 4 * groups * width
         many = 4 if 4 * stride <= MANY_BYTES else 2
         for tile in range(begin, end, TILE_ROWS):
             last = min(tile + TILE_ROWS, end)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from sketchconv.kernels import vectors
-from sketchconv.kernels.entries import round_bf16
+from sketchconv.kernels.entries import KINDS, round_bf16
 from sketchconv.kernels.jit import inner, jit
 from sketchconv.kernels.pointers import carray, pointer_to
-from sketchconv.kernels.portable_rows import row_decoder
+from sketchconv.kernels.portable_rows import decode_row
 
 LANES = 8
 SUMS = 4
@@ -69,7 +69,7 @@ dot: Any = vectors.intrinsic(_dot)
 @cache
 def multiply_kernel(bits: int, lut: str) -> Any:
     """Kernel of `y = x @ W.T`; its arguments are listed at `dispatch.Multiply`."""
-    decode_row = row_decoder(bits, lut)
+    kind = KINDS[lut]  # closures hold plain constants: any other would miss the cache on disk
 
     @jit
     def multiply(
@@ -93,7 +93,7 @@ def multiply_kernel(bits: int, lut: str) -> Any:
         full = carray(pointer_to(y, np.float32), (tokens * rows,))
         short = carray(pointer_to(y, np.uint16), (tokens * rows,))
         for row in range(begin, end):
-            decode_row(index, tables, row, groups, columns, table, codes, weights)
+            decode_row(bits, kind, index, tables, row, groups, columns, table, codes, weights)
             for token in range(tokens):
                 at = np.int64(values.ctypes.data) + 4 * token * room
                 total = dot(np.int64(weights.ctypes.data), at, room)
@@ -108,7 +108,7 @@ def multiply_kernel(bits: int, lut: str) -> Any:
 @cache
 def decode_kernel(bits: int, lut: str, out: str) -> Any:
     """Kernel that writes rows of W as `out` ("F32" or "BF16"); see `dispatch.Decode`."""
-    decode_row = row_decoder(bits, lut)
+    kind = KINDS[lut]
     half = out == "BF16"
 
     @jit
@@ -129,12 +129,12 @@ def decode_kernel(bits: int, lut: str, out: str) -> Any:
         for number in range(begin, end):
             row = carray(pointer_to(ids, np.int64), (end,))[number] if ids else number
             if half:
-                decode_row(index, tables, row, groups, columns, table, codes, weights)
+                decode_row(bits, kind, index, tables, row, groups, columns, table, codes, weights)
                 short = carray(pointer_to(target + 2 * number * width, np.uint16), (width,))
                 for column in range(width):
                     short[column] = round_bf16(weights[column])
             else:
                 full = carray(pointer_to(target + 4 * number * width, np.float32), (width,))
-                decode_row(index, tables, row, groups, columns, table, codes, full)
+                decode_row(bits, kind, index, tables, row, groups, columns, table, codes, full)
 
     return decode

@@ -8,7 +8,6 @@ vector width of the machine.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
-from numba.core.caching import FunctionCache
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,24 +32,6 @@ def sources_digest(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-class _Cache(FunctionCache):
-    """Numba's cache of compiled code, with a key that is the same in every process.
-
-    Numba's own holds a pickle of the values that a closure encloses, and a compiled function among
-    them is pickled with a number drawn in each process: the code would be compiled again each time.
-    """
-
-    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
-        return sig, codegen.magic_tuple(), _enclosed(self._py_func)
-
-
-def _enclosed(function: Any) -> str:
-    """What a function is made of: its name, and the values that it encloses."""
-    cells = (cell.cell_contents for cell in function.__closure__ or ())
-    values = (_enclosed(v.py_func) if hasattr(v, "py_func") else repr(v) for v in cells)
-    return f"{function.__qualname__}({', '.join(values)})"
-
-
 def jit(function: F) -> F:
     """Compile an entry point at its first call, without the GIL, and keep its code on disk.
 
@@ -60,13 +40,15 @@ def jit(function: F) -> F:
     a digest of all sources. Numba fixes that name here, at decoration, so the sources are read when
     the first kernel is imported: about a millisecond, beside seconds for Numba itself. Where no
     cache folder can be written (a read-only installation without a home) the code is compiled
-    again in each process. What a function encloses must be told apart by its `repr`.
+    again in each process.
     """
     function.__qualname__ = f"{function.__qualname__}_{sources_digest(Path(__file__).parent)}"
-    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
-    # Without a folder to write to there is no cache.
-    with contextlib.suppress(RuntimeError):
-        compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    compiled: Any
+    try:
+        compiled = numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        compiled = numba.njit(**options)(function)
     return cast(F, compiled)
 
 

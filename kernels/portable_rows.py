@@ -6,7 +6,6 @@ carrier ``[rows, groups, 2**bits]``.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,8 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from sketchconv.kernels import vectors
-from sketchconv.kernels.entries import BF16, F32, KINDS
+from sketchconv.kernels.entries import BF16, F32
 from sketchconv.kernels.jit import inner
-from sketchconv.kernels.planes import fields
 from sketchconv.kernels.pointers import carray, pointer_to
 
 
@@ -64,114 +62,100 @@ def _spread_fields(b: Any, raw: Any, width: int) -> Any:
     return raw
 
 
-def _take_blocks(typing: Any, width: Any, shift: Any, plane: Any, codes: Any, size: Any) -> Any:
+def _take_blocks(typing: Any, width: Any, plane: Any, codes: Any, size: Any, shift: Any) -> Any:
     """Put the fields of whole blocks of a plane at bit `shift` of the bytes at `codes`.
 
-    `plane` and `codes` are addresses, `size` the bytes of the plane.
+    `plane` and `codes` are addresses, `size` the bytes of the plane. Lower bits of the codes stay,
+    higher ones become zero.
     """
-    field, first = width.literal_value, shift.literal_value
+    field = width.literal_value
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, target = (b.inttoptr(a, vectors.I8.as_pointer()) for a in args[2:4])
+        source, target = (b.inttoptr(a, vectors.I8.as_pointer()) for a in args[1:3])
+        first = b.trunc(args[4], vectors.I8)
+        keep = b.sub(b.shl(vectors.I8(1), first), vectors.I8(1))
 
         def take(offset: Any, _: list[Any]) -> list[Any]:
             raw = vectors.load(b, source, vectors.vector(vectors.I8, PLANE_BYTES), offset)
             found = _spread_fields(b, raw, field)
+            lanes = found.type.count
             at = b.mul(offset, vectors.I64(8 // field))
-            if first:
-                found = b.shl(found, vectors.constant(found.type, first))
-                found = b.or_(found, vectors.load(b, target, found.type, at))
+            old = vectors.load(b, target, found.type, at)
+            old = b.and_(old, vectors.splat(b, keep, lanes))
+            found = b.or_(old, b.shl(found, vectors.splat(b, first, lanes)))
             vectors.store(b, found, target, at)
             return []
 
-        vectors.blocks(b, args[4], PLANE_BYTES, [], take)
+        vectors.blocks(b, args[3], PLANE_BYTES, [], take)
         return context.get_dummy_value()
 
     i64 = vectors.types.int64
-    return vectors.types.void(width, shift, i64, i64, i64), codegen
+    return vectors.types.void(width, i64, i64, i64, i64), codegen
 
 
 take_blocks: Any = intrinsic(prefer_literal=True)(_take_blocks)
 
 
 @inner
-def _take_rest(plane: int, codes: Any, size: int, width: int, shift: Any) -> None:
+def _take_rest(plane: int, codes: Any, size: int, width: int, shift: int) -> None:
     """`take_blocks` for the bytes of a last, short block."""
     per_byte = 8 // width
     mask = np.uint8((1 << width) - 1)
+    keep = np.uint8((1 << shift) - 1)
     raw = carray(pointer_to(plane, np.uint8), (size,))
     for i in range(size // PLANE_BYTES * PLANE_BYTES, size):
         for slot in range(per_byte):
             field = np.uint8(((raw[i] >> np.uint8(slot * width)) & mask) << np.uint8(shift))
-            at = i * per_byte + slot
-            codes[at] = field if shift == 0 else codes[at] | field
+            codes[i * per_byte + slot] = (codes[i * per_byte + slot] & keep) | field
 
 
-@cache
-def _plane_taker(width: int, shift: int) -> Any:
-    """Function that puts one plane at bit `shift` of `codes` and returns the bytes of the plane."""
-
-    @inner
-    def take(plane: int, codes: Any, columns: int) -> int:
-        size = (columns * width + 7) // 8
-        take_blocks(width, shift, plane, np.int64(codes.ctypes.data), size)
-        _take_rest(plane, codes, size, width, shift)
-        return size
-
-    return take
-
-
-@cache
-def _unpacker(bits: int) -> Any:
-    """Function that unpacks one group into `codes` and returns the bytes of the group."""
-    first, *more = (
-        _plane_taker(width, sum(w for w in fields(bits) if w > width)) for width in fields(bits)
-    )
-    if not more:
-        return first
-    second, *more = more
-    third = more[0] if more else None
-
-    @inner
-    def two(index: int, codes: Any, columns: int) -> Any:
-        size = first(index, codes, columns)
-        return size + second(index + size, codes, columns)
-
-    if third is None:
-        return two
-
-    @inner
-    def three(index: int, codes: Any, columns: int) -> Any:
-        size = two(index, codes, columns)
-        return size + third(index + size, codes, columns)
-
-    return three
+@inner
+def _unpack(bits: int, index: int, codes: Any, columns: int) -> int:
+    """Unpack one group at the address `index` into `codes`; returns its bytes."""
+    target = np.int64(codes.ctypes.data)
+    at = index
+    shift = 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            size = (columns * width + 7) // 8
+            if width == 8:
+                take_blocks(8, at, target, size, shift)
+            elif width == 4:
+                take_blocks(4, at, target, size, shift)
+            elif width == 2:
+                take_blocks(2, at, target, size, shift)
+            else:
+                take_blocks(1, at, target, size, shift)
+            _take_rest(at, codes, size, width, shift)
+            at += size
+            shift += width
+    return at - index
 
 
-@cache
-def row_decoder(bits: int, lut: str) -> Any:
-    """Function that decodes one row into float32 `out`."""
-    kind, widths = KINDS[lut], fields(bits)
-    unpack = _unpacker(bits)
+@inner
+def decode_row(
+    bits: int,
+    kind: int,
+    index: int,
+    tables: int,
+    row: int,
+    groups: int,
+    columns: int,
+    table: Any,
+    codes: Any,
+    out: Any,
+) -> None:
+    """Decode one row into float32 `out`.
 
-    @inner
-    def decode_row(
-        index: int,
-        tables: int,
-        row: int,
-        groups: int,
-        columns: int,
-        table: Any,
-        codes: Any,
-        out: Any,
-    ) -> None:
-        at = index
-        for width in widths:
+    `table` has room for a LUT in float32, `codes` for a group and 8 more; `kind` is one of
+    `entries.KINDS`.
+    """
+    at = index
+    for width in (8, 4, 2, 1):
+        if bits & width:
             at += row * groups * ((columns * width + 7) // 8)
-        for group in range(groups):
-            _load_table(kind, tables, (row * groups + group) << bits, table)
-            at += unpack(at, codes, columns)
-            for column in range(columns):
-                out[group * columns + column] = table[codes[column]]
-
-    return decode_row
+    for group in range(groups):
+        _load_table(kind, tables, (row * groups + group) << bits, table)
+        at += _unpack(bits, at, codes, columns)
+        for column in range(columns):
+            out[group * columns + column] = table[codes[column]]

@@ -327,9 +327,9 @@ print("sound", {packed_size(7, 3)})
     assert done.stdout.startswith("sound")
 
 
-def run_python(code, folder, **environment):
+def run_python(code, folder, *args, **environment):
     return subprocess.run(
-        [sys.executable, "-P", "-c", code],
+        [sys.executable, "-P", "-c", code, *args],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -347,6 +347,29 @@ def test_a_choice_carries_its_reasons():
     assert "was asked for" in forced.rejected[0].reason
     with pytest.raises(ValueError, match="no kernels named 'cuda'"):
         dispatch.choose("cuda")
+
+
+CACHED = """
+import sys, torch
+from sketchconv.kernels import dequantize, dispatch, gemv
+from sketchconv.kernels.packed import Packed
+matrix = Packed.of(torch.zeros(4, 1, 32, dtype=torch.uint8), torch.ones(4, 1, 16).half(), 64)
+gemv.multiply(matrix, torch.ones(1, 64), sys.argv[1])
+dequantize.decode(matrix, kernel=sys.argv[1])
+choice = dispatch.choose(sys.argv[1])
+for run in (choice.multiply(4, "F16"), choice.decode(4, "F16", "F32")):
+    print(sum(run.stats.cache_hits.values()), sum(run.stats.cache_misses.values()))
+"""
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_another_process_finds_the_compiled_code(kernel, tmp_path):
+    """A closure over anything but plain values would be compiled again in each process."""
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    first = run_python(CACHED, tmp_path, kernel, **cache)
+    assert first.stdout.split() == ["0", "1", "0", "1"], first.stderr[-2000:]
+    second = run_python(CACHED, tmp_path, kernel, **cache)
+    assert second.stdout.split() == ["1", "0", "1", "0"], second.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name", dispatch.OVERRIDES)
