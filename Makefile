@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test portability lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -P tests/demo.py
 
 test: $(READY) lint
 	$(BIN)/python -P -m pytest
+	$(MAKE) portability
+
+# The kernels' tests as CPUs without AVX-512 run them: an unguarded intrinsic ends the process.
+portability: $(READY)
+	NUMBA_CPU_NAME=generic $(BIN)/python -P -m pytest -q tests/kernels tests/decoder tests/runtime
+	NUMBA_CPU_NAME=haswell $(BIN)/python -P -m pytest -q tests/kernels tests/decoder tests/runtime
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -23,7 +29,9 @@ lint: $(READY)
 bench: $(READY)
 	$(PIP) -e '.[bench]'
 	$(BIN)/python -P tests/bench/bench_solver.py
-	$(BIN)/python -P tests/bench/bench_decode.py
+	$(BIN)/python -P tests/bench/bench_gemv.py
+	$(BIN)/python -P tests/bench/bench_decode.py --threads 1 2
+	$(BIN)/python -P tests/bench/bench_tuning.py
 
 # torch first and alone: the pinned build must not be replaced while other packages resolve.
 $(READY): pyproject.toml tests/constraints.txt

@@ -14,11 +14,20 @@ _PLACES = {
     "multiply": "multiply",
     "decode": "decode",
     "gather": "embedding",
+    "grad_gather": "embedding",
     "grad_input": "gradients",
     "grad_lut": "gradients",
     "multiply_tasks": "tasks",
 }
-__all__ = ["decode", "gather", "grad_input", "grad_lut", "multiply", "multiply_tasks"]  # noqa: F822
+__all__ = [  # noqa: F822
+    "decode",
+    "gather",
+    "grad_gather",
+    "grad_input",
+    "grad_lut",
+    "multiply",
+    "multiply_tasks",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -89,6 +89,9 @@ def grad_rows(
     grad: Tensor, ids: Tensor, index: Tensor, lut: Tensor, padding: int | None, layout: str = DISK
 ) -> Tensor:
     """Gradient of the LUT of a look-up: only rows that were looked up are touched."""
+    gpu = gpu_kernels(grad)
+    if gpu is not None and grad.dtype in KERNEL_DTYPES:
+        return gpu.grad_gather(grad, ids, index, lut, padding, layout=layout).to(lut.dtype)  # type: ignore[no-any-return]
     rows, places = torch.unique(ids, return_inverse=True)
     dtype = torch.float64 if grad.dtype is torch.float64 else torch.float32
     columns = grad.shape[-1]

@@ -143,7 +143,8 @@ class SketchModule(nn.Module):
         if known is not None and known[0] is index and known[1] == index.data_ptr():
             return DEVICE
         self._layout, self._arranged = DISK, None
-        if gpu_kernels(index) is not None:
+        # Only NVIDIA's byte permutation gains by it; the portable kernels read the disk's order.
+        if gpu_kernels(index) is not None and torch.version.hip is None:
             index = arranged(index, self.bits, self.columns // self.groups)
             self._buffers["sketch_index"] = index
             self._layout, self._arranged = DEVICE, (index, index.data_ptr())
