@@ -13,6 +13,7 @@ from sketchconv.kernels.crew import share
 from sketchconv.kernels.dequantize import decode_into
 from sketchconv.kernels.gemv import _fast_bf16
 from sketchconv.kernels.packed import Packed
+from sketchconv.kernels.transpose import transpose16
 
 TILE_WEIGHTS = 1 << 20  # decoded at a time, but at least FEWEST_ROWS rows
 FEWEST_ROWS = 256
@@ -87,7 +88,7 @@ def grad_lut(matrix: Packed, grad: Tensor, x: Tensor) -> Tensor:
     result = torch.empty(matrix.lut.shape, dtype=torch.float32)
     for begin in range(0, matrix.rows, step):
         end = min(begin + step, matrix.rows)
-        across = flat[:, begin:end].t().contiguous()
+        across = _across(flat[:, begin:end]) if narrow else flat[:, begin:end].t()
         parts = tile[:, : end - begin]
         torch.mm(across, wide, out=parts[0])
         if narrow:
@@ -104,6 +105,15 @@ def sum_by_code(matrix: Packed, rows: Tensor, dense: Tensor) -> Tensor:
     """
     out = torch.empty((rows.numel(), *matrix.lut.shape[1:]), dtype=torch.float32)
     _sum_rows(matrix, dense.contiguous(), None, out, 0, rows.contiguous())
+    return out
+
+
+def _across(grad: Tensor) -> Tensor:
+    """`grad.t()`, bfloat16, in rows: it is multiplied twice, and torch would copy it each time."""
+    out = grad.new_empty((grad.shape[1], grad.shape[0]))
+    args = (grad.data_ptr(), *grad.stride(), out.data_ptr(), grad.shape[0], grad.shape[0])
+    threads = torch.get_num_threads() if grad.numel() >= PARALLEL_VALUES else 1
+    share(transpose16, grad.shape[1], args, threads)
     return out
 
 

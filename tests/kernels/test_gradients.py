@@ -203,3 +203,13 @@ def test_what_does_not_fit_is_refused():
         gradients.grad_lut(matrix, torch.ones(2, 21), torch.ones(1, 45))
     with pytest.raises(ValueError, match=r"grad must be float in CPU memory, got torch\.float64"):
         gradients.grad_input(matrix, torch.ones(1, 21).double())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (31, 70), (32, 32), (65, 33), (2, 0), (0, 3)])
+def test_transposed_copies(shape):
+    width = shape[1] + 5
+    whole = torch.arange(shape[0] * width).view(shape[0], width).to(torch.bfloat16)
+    for given in (whole[:, 2 : shape[1] + 2], whole[:, : shape[1]].t().contiguous().t()):
+        found = gradients._across(given)
+        assert found.is_contiguous()
+        assert torch.equal(found, given.t())
