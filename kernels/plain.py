@@ -119,6 +119,41 @@ def grad_lut(grad: Tensor, x: Tensor, index: Tensor, lut: Tensor) -> Tensor:
     return total
 
 
+def grad_gather(
+    grad: Tensor, ids: Tensor, index: Tensor, lut: Tensor, padding: int | None = None
+) -> Tensor:
+    """Gradient of the LUT of a look-up of rows `ids`; only these are touched.
+
+    Args:
+        grad: ``[*ids.shape, columns]``.
+        ids: rows that were looked up, any integer tensor.
+        index: packed codes of the sketch.
+        lut: ``[rows, groups, 2**bits]``, of which only the shape matters.
+        padding: a row that gets no gradient.
+
+    Returns:
+        float32 (float64 for float64 input) of the LUT's shape.
+    """
+    rows, dense = summed_rows(grad, ids, padding)
+    part = torch.zeros((rows.numel(), *lut.shape[1:]), dtype=dense.dtype, device=lut.device)
+    add_by_code(part, index[rows], dense)
+    total = torch.zeros(lut.shape, dtype=dense.dtype, device=lut.device)
+    total[rows] = part
+    return total
+
+
+def summed_rows(grad: Tensor, ids: Tensor, padding: int | None) -> tuple[Tensor, Tensor]:
+    """The rows that `ids` names, int64 and once each, and the sum of the gradients of each."""
+    rows, places = torch.unique(ids.long(), return_inverse=True)
+    columns = grad.shape[-1]
+    dtype = _sum_dtype(grad.dtype)
+    dense = torch.zeros((rows.numel(), columns), dtype=dtype, device=grad.device)
+    dense.index_add_(0, places.view(-1), grad.reshape(-1, columns).to(dtype))
+    if padding is not None:
+        dense[rows == padding] = 0
+    return rows, dense
+
+
 def add_by_code(total: Tensor, index: Tensor, dense: Tensor) -> None:
     """`total[r, g, code[r, c]] += dense[r, c]` in place, with `dense` ``[rows, columns]``."""
     rows, groups, entries = total.shape

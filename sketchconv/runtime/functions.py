@@ -92,25 +92,16 @@ def grad_rows(
     gpu = gpu_kernels(grad)
     if gpu is not None and grad.dtype in KERNEL_DTYPES:
         return gpu.grad_gather(grad, ids, index, lut, padding, layout=layout).to(lut.dtype)  # type: ignore[no-any-return]
-    rows, places = torch.unique(ids, return_inverse=True)
-    dtype = torch.float64 if grad.dtype is torch.float64 else torch.float32
     columns = grad.shape[-1]
-    dense = torch.zeros((rows.numel(), columns), dtype=dtype, device=grad.device)
-    dense.index_add_(0, places.view(-1), grad.reshape(-1, columns).to(dtype))
-    if padding is not None:
-        dense[rows == padding] = 0
     packed = packed_of(index, lut, columns)
-    if packed is not None and dtype is torch.float32:
-        part = gradients.sum_by_code(packed, rows.long(), dense)
-    else:
-        part = torch.zeros((rows.numel(), *lut.shape[1:]), dtype=dtype, device=lut.device)
-        codes = index[rows]
+    if packed is None or grad.dtype is torch.float64:
         if layout == DEVICE:
             bits = lut.shape[2].bit_length() - 1
-            codes = restored(codes, bits, columns // lut.shape[1])
-        plain.add_by_code(part, codes, dense)
+            index = restored(index, bits, columns // lut.shape[1])
+        return plain.grad_gather(grad, ids, index, lut, padding).to(lut.dtype)
+    rows, dense = plain.summed_rows(grad, ids, padding)
     total = torch.zeros_like(lut)
-    total[rows] = part.to(lut.dtype)
+    total[rows] = gradients.sum_by_code(packed, rows, dense).to(lut.dtype)
     return total
 
 
