@@ -12,9 +12,9 @@ demo: $(READY)
 
 test: $(READY) lint
 	$(BIN)/python -P -m pytest
-	$(MAKE) portability
 
-# The kernels' tests as CPUs without AVX-512 run them: an unguarded intrinsic ends the process.
+# The kernels' tests as CPUs without AVX-512 run them: an unguarded intrinsic ends the process. Not a
+# part of `test`, which checks one product on each such CPU: it compiles all kernels twice more.
 portability: $(READY)
 	NUMBA_CPU_NAME=generic $(BIN)/python -P -m pytest -q tests/kernels tests/decoder
 	NUMBA_CPU_NAME=haswell $(BIN)/python -P -m pytest -q tests/kernels tests/decoder
