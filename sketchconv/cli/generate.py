@@ -41,7 +41,7 @@ def command(
     # SmolLM2 on 2 threads of 2 busy cores wrote 3.8 tokens/s with spinning, 17.3 without.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from sketchconv.runtime.decoder import describe
-    from sketchconv.runtime.generate import stream
+    from sketchconv.runtime.generate import Pace, stream
     from sketchconv.runtime.load import load, load_tokenizer, set_threads
 
     if threads is not None:
@@ -51,17 +51,13 @@ def command(
     tokenizer = load_tokenizer(model)
     network = load(model)
     loaded = time.perf_counter()
-    first, text = 0.0, ""
-    for piece in stream(network, tokenizer, prompt, own_loop=own_loop, **options):
-        first = first or time.perf_counter()
-        text += piece
+    pace = Pace()
+    for piece in stream(network, tokenizer, prompt, own_loop=own_loop, pace=pace, **options):
         click.echo(piece, nl=False)
     click.echo()
-    count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    rate = (count - 1) / max(time.perf_counter() - first, 1e-9) if count > 1 else 0.0
     click.echo(
         f"loaded in {loaded - started:.1f} s; prompt read (and, the first time, kernels compiled) "
-        f"in {first - loaded if first else 0:.1f} s; {count} tokens at {rate:.1f} tokens/s "
+        f"in {pace.first - loaded:.1f} s; {pace.tokens} tokens at {pace.per_second:.1f} tokens/s "
         f"({describe(network) if own_loop else NOT_WANTED})",
         err=True,
     )

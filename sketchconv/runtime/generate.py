@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,29 @@ from sketchconv.errors import LoadError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Pace:
+    """When tokens came, in seconds of `time.perf_counter`; `stream` fills it in.
+
+    Text comes later than tokens: a piece waits until its words are complete.
+    """
+
+    tokens: int = 0
+    first: float = 0.0
+    last: float = 0.0
+
+    def tick(self) -> None:
+        """Note one more token."""
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.tokens += 1
+
+    @property
+    def per_second(self) -> float:
+        """Tokens per second after the first one; 0 where there are fewer than two."""
+        return (self.tokens - 1) / (self.last - self.first) if self.tokens > 1 else 0.0
 
 
 def stream(
@@ -28,6 +53,7 @@ def stream(
     chat: bool | None = None,
     system: str | None = None,
     own_loop: bool = True,
+    pace: Pace | None = None,
 ) -> Iterator[str]:
     """Continue `prompt`, or answer it, and yield the text as it comes.
 
@@ -42,6 +68,7 @@ def stream(
         chat: use the chat template; None uses it where there is one.
         system: the system message of the chat.
         own_loop: decode with the compiled loop (`runtime.decoder`) where the model allows it.
+        pace: filled in with the times of the tokens, the last one (of the end) included.
 
     Generation stops at the end-of-sequence tokens of the model's generation config and of the
     tokenizer. Closing the iterator stops it too.
@@ -53,7 +80,7 @@ def stream(
         raise LoadError(f"{type(model).__name__} does not generate text")
     inputs = _encode(model, tokenizer, prompt, chat, system)
     config = _config(model, tokenizer, max_new_tokens, temperature, top_p)
-    return _run(model, tokenizer, inputs, config, seed, own_loop)
+    return _run(model, tokenizer, inputs, config, seed, own_loop, pace or Pace())
 
 
 def _encode(
@@ -129,6 +156,7 @@ def _run(
     config: GenerationConfig,
     seed: int,
     own_loop: bool,
+    pace: Pace,
 ) -> Iterator[str]:
     from transformers import TextIteratorStreamer
 
@@ -138,6 +166,7 @@ def _run(
     generate: Any = model.generate
 
     def stop(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        pace.tick()
         return torch.full((ids.shape[0],), closed.is_set(), device=ids.device)
 
     def work() -> None:

@@ -141,21 +141,17 @@ def sketch_in_transformers(path: Path, tokens: int) -> Callable[[], Result]:
 def own_loop(path: Path, tokens: int) -> Callable[[], Result]:
     """The sketch, by the loop of `sketchconv generate`."""
     import sketchconv
-    from sketchconv.runtime.generate import stream
+    from sketchconv.runtime.generate import Pace, stream
 
     model, tokenizer = sketchconv.load(path), sketchconv.load_tokenizer(path)
     tokenizer.eos_token = None
     model.generation_config.eos_token_id = None
 
     def run(count: int = tokens) -> Result:
-        pieces = stream(model, tokenizer, PROMPT, max_new_tokens=count, chat=False)
-        head = next(pieces)
-        first, tail = time.perf_counter(), "".join(pieces)
-        spent = time.perf_counter() - first
-        # a piece may hold several tokens: the clock starts after all of the first piece
-        whole = len(tokenizer(head + tail, add_special_tokens=False)["input_ids"])
-        before = len(tokenizer(head, add_special_tokens=False)["input_ids"])
-        return {"rate": (whole - before) / max(spent, 1e-9)}
+        pace = Pace()
+        for _ in stream(model, tokenizer, PROMPT, max_new_tokens=count, chat=False, pace=pace):
+            pass
+        return {"rate": pace.per_second}
 
     run(min(8, tokens))
     return run

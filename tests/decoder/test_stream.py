@@ -10,7 +10,7 @@ import sketchconv
 from sketchconv.cli.generate import command
 from sketchconv.kernels.decoder.session import Session
 from sketchconv.kernels.dispatch import choose
-from sketchconv.runtime.generate import stream
+from sketchconv.runtime.generate import Pace, stream
 
 
 @pytest.fixture
@@ -77,3 +77,15 @@ def test_the_command_says_which_loop_ran(bundle):
     assert f"(own decode loop, {choose().name} kernels, 1 thread)" in own.stderr
     assert "(transformers' loop, as asked)" in theirs.stderr
     assert own.stdout == theirs.stdout
+
+
+@pytest.mark.parametrize("own_loop", [True, False])
+def test_the_pace_counts_tokens(bundle, own_loop):
+    model, tokenizer = sketchconv.load(bundle.path), sketchconv.load_tokenizer(bundle.path)
+    pace = Pace()
+    options = {"max_new_tokens": 7, "own_loop": own_loop, "pace": pace}
+    pieces = list(stream(model, tokenizer, "w1 w2", **options))
+    assert pace.tokens == 7
+    assert pieces
+    assert pace.per_second == 6 / (pace.last - pace.first)
+    assert Pace().per_second == 0
