@@ -89,9 +89,9 @@ def gather(
     """Rows `ids` (any integer tensor) as ``[*ids.shape, columns]``; the rest as in `decode`.
 
     An id that is no row gives a row of NaN. The CPU raises there, but here the host would have to
-    wait for the GPU to know.
+    wait for the GPU to know. (Dtypes that the kernel does not know: as torch indexes.)
     """
-    flat = ids.reshape(-1).to(torch.int64)
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
     if dtype not in DTYPES or lut.dtype not in DTYPES:
         rows = plain.decode(on_disk(index[flat], lut, columns, layout), lut[flat], columns, dtype)
     else:

@@ -129,6 +129,9 @@ def run(x: Tensor, index: Tensor, lut: Tensor, y: Tensor, layout: str) -> None:
     """`y = x @ W.T` into `y` ``[tokens, rows]``, ``x`` ``[tokens, columns]``, few tokens."""
     (tokens, columns), (rows, groups, entries) = x.shape, lut.shape
     bits, group = entries.bit_length() - 1, columns // groups
+    moved = layout == "device" and repacked(bits, group)
+    if moved and index.data_ptr() % 4:
+        index = index.clone()  # the device's order is read by words
     whole = all(group * width % 32 == 0 for width in fields(bits)) and index.data_ptr() % 4 == 0
     units = index.view(torch.int32) if whole else index
     with on(x.device):
@@ -136,7 +139,7 @@ def run(x: Tensor, index: Tensor, lut: Tensor, y: Tensor, layout: str) -> None:
         tile = tokens if tokens in (2, 4, 8) else 1
         _tuned[lambda meta: (triton.cdiv(rows, meta["ROWS"]), tokens // tile)](
             x, units, lut, y, rows, x.stride(0), bits, groups, group,
-            layout == "device" and repacked(bits, group), units.shape[-1], 32 if whole else 8,
+            moved, units.shape[-1], 32 if whole else 8,
             tile, interpreting(),
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from torch.nn import functional
 from sketchconv.kernels import plain
 from sketchconv.kernels.gpu import gemv, matmul, permute, support
 from sketchconv.kernels.gpu.layout import restore
+from sketchconv.kernels.packed import check_shapes
 
 FEW = 8  # tokens
 TILE_ROWS = 2048
@@ -52,11 +53,7 @@ def multiply(x: Tensor, index: Tensor, lut: Tensor, layout: str = "planes-le") -
 def _check(x: Tensor, index: Tensor, lut: Tensor, layout: str) -> None:
     if layout not in ("planes-le", "device"):
         raise ValueError(f"layout is {layout!r}, must be 'planes-le' or 'device'")
-    if index.shape[:2] != lut.shape[:2] or x.shape[-1] % lut.shape[1]:
-        raise ValueError(
-            f"x {tuple(x.shape)}, index {tuple(index.shape)} and lut {tuple(lut.shape)} "
-            "do not belong together: [..., columns], [rows, groups, bytes], [rows, groups, entries]"
-        )
+    check_shapes(index.shape, lut.shape, x.shape[-1])
 
 
 def _dense(x: Tensor, index: Tensor, lut: Tensor, y: Tensor, layout: str) -> None:

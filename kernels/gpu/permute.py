@@ -187,6 +187,13 @@ def variants() -> tuple[Variant, ...]:
         _variant("permute-1bit-1tok", 1, 1, 4096, 8, (32, 256, 2), {"80": 3.4}),
         _variant("permute-4bit-64tok", 4, 1, 4096, 64, (64, 128, 4), {"80": 10.0}),
         _variant("permute-3bit-64tok", 3, 1, 4096, 64, (64, 128, 4), {"80": 10.0}, "bf16"),
+        Variant(
+            name="permute-fold",
+            kernel=fold,
+            signature={"parts": "*fp32", "y": "*fp16", "size": "i32", "splits": "i32"},
+            constants={"WIDE": False, "BLOCK": 256},
+            backends=("cuda",),
+        ),
     )
 
 

@@ -25,9 +25,12 @@ by `python tests/gpu/resources.py`.
 
 Instructions per weight are counted in the SASS of the inner loop, all of them, addresses and loop
 control included (`tests/gpu/aot.py` says how); AMD's are not counted. A name tells the kernel, the
-bits, and what is special; variants without a gate have none in the design. The tests compile a
-selection; `python tests/gpu/aot.py --all` compiles the whole catalogue. Known spill outside of the
-selection: `matmul` in float32 with 7 bits in groups of 45, three VGPRs on gfx1100.
+bits, and what is special. Gates are the figures of the design for sm_80, and hold there; other
+targets have none (`gemv` has sm_89), and some stand above: `permute` with tails at 4 bits on sm_90
+and sm_100, 3-bit `gemv` and `matmul`. Columns that pad a tile count as weights. The tests compile a
+selection; `python tests/gpu/aot.py --all` compiles the whole catalogue, which holds neither every
+tile of the tuning nor every pair of types. Known spills outside of it: `matmul` in float32 with 7
+bits in groups of 45, three VGPRs on gfx1100; `gather` there at 7 bits, SGPRs.
 
 | paths | taken where |
 |---|---|

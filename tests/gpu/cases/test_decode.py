@@ -34,6 +34,13 @@ def test_every_dtype(sketch, dtype, lut):
     same(found.view(torch.uint8), wanted.view(torch.uint8))
 
 
+def test_ids_need_not_lie_side_by_side(sketch):
+    case = sketch(37, 45, 4)
+    ids = torch.tensor([[5, 30, 2], [7, 0, 36]])
+    for each in (ids[:, ::2], ids[:, -1:], ids.T, torch.tensor([9]).expand(4)):
+        same(decode.gather(each, case.index, case.lut, 45, SINGLE), case.dense(SINGLE)[each])
+
+
 @pytest.mark.parametrize("ids", [[3], [0, 36, 36, 5, 0, 17, 2], list(range(37)) * 2])
 def test_look_up(sketch, ids):
     case = sketch(37, 96, 3, 1)

@@ -125,8 +125,10 @@ def test_bad_arguments_are_named(sketch):
     case = sketch(6, 96, 4, groups=2)
     with pytest.raises(ValueError, match="layout is 'rows'"):
         multiply(torch.zeros(1, 96), case.index, case.lut, "rows")
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="do not divide 95 columns"):
         multiply(torch.zeros(1, 95), case.index, case.lut)
+    with pytest.raises(ValueError, match="take 24 bytes per group, index has 23"):
+        multiply(torch.zeros(1, 96), case.index[..., :-1], case.lut)
 
 
 def test_ops_is_the_same_function():
@@ -135,8 +137,22 @@ def test_ops_is_the_same_function():
         ops.conjure  # noqa: B018
 
 
-# The byte-permuting kernel: no NVIDIA GPU here, so the choice of `multiply` is made by hand. The
-# interpreter runs all of it but for the two instructions that `test_permute.py` covers.
+# The byte-permuting kernel. Where the compiler gets inline assembly (PRMT, LOP3, MOV), the
+# interpreter runs the same steps in integers; `test_permute.py` checks PRMT's. The assembly itself
+# never runs.
+
+
+@pytest.mark.parametrize(("tokens", "bits", "rows"), [(1, 4, 37), (17, 3, 20), (70, 4, 20)])
+def test_multiply_chooses_the_permuted_bytes(sketch, monkeypatch, tokens, bits, rows):
+    """As on an NVIDIA GPU: one tile of tokens, and several."""
+    ran = []
+    run = permute.run
+    monkeypatch.setattr(support, "nvidia", lambda device: True)
+    monkeypatch.setattr(permute, "run", lambda *args: ran.append(1) or run(*args))
+    case = sketch(rows, 64, bits, groups=1, dtype=torch.float16, seed=tokens)
+    x = noise(tokens, 64, torch.float16)
+    close(multiply(x, case.on("device"), case.lut, "device"), x, case.dense())
+    assert ran == [1]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +189,12 @@ def test_sketches_that_cannot_be_permuted(sketch, bits, columns, layout, dtype):
     assert not permute.fits(torch.zeros(1, columns, dtype=dtype), case.index, case.lut, layout)
 
 
-def test_an_index_off_a_word_cannot_be_permuted(sketch):
-    case = sketch(4, 64, 4)
-    moved = torch.empty(case.index.numel() + 1, dtype=torch.uint8)[1:].reshape(case.index.shape)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_an_index_off_a_word_is_multiplied_all_the_same(sketch, bits):
+    case = sketch(4, 64, bits)
+    room = torch.empty(case.index.numel() + 1, dtype=torch.uint8)
+    moved = room[1:].reshape(case.index.shape).copy_(case.on("device"))
+    assert moved.data_ptr() % 4
     assert not permute.fits(torch.zeros(1, 64).half(), moved, case.lut, "device")
+    x = noise(2, 64, torch.float32)
+    close(multiply(x, moved, case.lut, "device"), x, case.dense())
