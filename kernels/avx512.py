@@ -1,9 +1,8 @@
 """AVX-512 kernels on packed sketches, used as they lie on disk.
 
-For the matrix-vector product a block of 128 columns (64 at 8 bits) of a plane is read as 16
-little-endian words, one per lane: slot t of lane l holds column `slots * l + t` of the block. So it
-is the activation that is permuted, once per call (see `gemv.py`), and never the weights. For
-decoding, 16 neighbouring columns are spread over the lanes in their natural order.
+For the matrix-vector product it is the activation that is permuted, into the order in which a block
+of weights leaves the registers (`avx512_blocks.py`, `avx512_order.py`), and never the weights. For
+decoding to float32, 16 neighbouring columns are spread over the lanes in their natural order.
 """
 
 from __future__ import annotations

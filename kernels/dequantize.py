@@ -62,7 +62,7 @@ def decode(
     """Rows `begin` to `end` as a dense tensor ``[end - begin, columns]`` of a float `dtype`."""
     stop = matrix.rows if end is None else end
     via = dtype if dtype in _OUTPUTS else torch.float32
-    out = torch.empty((max(stop - begin, 0), matrix.columns), dtype=via)
+    out = torch.empty((max(stop - begin, 0), matrix.columns), dtype=via, device="cpu")
     decode_into(matrix, out, begin, kernel)
     return out.to(dtype)
 
@@ -82,7 +82,7 @@ def gather(
             bad = low if low < 0 else high
             raise IndexError(f"id {bad} is outside an embedding of {matrix.rows} rows")
     via = dtype if dtype in _OUTPUTS else torch.float32
-    out = torch.empty((rows.numel(), matrix.columns), dtype=via)
+    out = torch.empty((rows.numel(), matrix.columns), dtype=via, device="cpu")
     if rows.numel():
         _run(matrix, out, 0, rows, kernel)
     return out.view(*ids.shape, matrix.columns).to(dtype)

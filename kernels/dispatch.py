@@ -1,7 +1,7 @@
 """Which CPU kernels run, and why: a table of candidates, the fastest first, each with its needs.
 
 A choice is a value that carries its reason and those of the candidates before it, for callers to
-show; `tests/bench/bench_decode.py` prints it.
+show; `sketchconv doctor` does.
 """
 
 from __future__ import annotations

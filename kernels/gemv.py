@@ -59,16 +59,6 @@ def multiply(matrix: Packed, x: Tensor, kernel: str | None = None) -> Tensor:
     return _multiply_few(matrix, x, x.data_ptr(), tokens, kernel)
 
 
-def multiply_group(matrices: tuple[Packed, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """`multiply` of one `x` with several matrices, as q, k and v or gate and up have it."""
-    tokens = max(_tokens(matrix, x) for matrix in matrices)
-    if tokens > FEW_TOKENS or x.dtype is torch.float16:
-        return tuple(multiply(matrix, x) for matrix in matrices)
-    x = _ready(x)
-    address = x.data_ptr()
-    return tuple(_multiply_few(matrix, x, address, tokens, None) for matrix in matrices)
-
-
 def _tokens(matrix: Packed, x: Tensor) -> int:
     if x.shape[-1] != matrix.columns:
         raise ValueError(f"x has {x.shape[-1]} columns, the matrix {matrix.columns}")
@@ -86,7 +76,7 @@ def _multiply_few(
     matrix: Packed, x: Tensor, address: int, tokens: int, kernel: str | None
 ) -> Tensor:
     dtype = x.dtype
-    y = torch.empty((*x.shape[:-1], matrix.rows), dtype=dtype)
+    y = torch.empty((*x.shape[:-1], matrix.rows), dtype=dtype, device="cpu")
     args = (
         matrix.index_pointer,
         matrix.lut_pointer,
@@ -142,5 +132,5 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     size = count * dtype.itemsize
     tile = _local.tile
     if tile is None or tile.numel() < size:
-        _local.tile = tile = torch.empty(size, dtype=torch.uint8)
+        _local.tile = tile = torch.empty(size, dtype=torch.uint8, device="cpu")
     return tile[:size].view(dtype)

@@ -85,7 +85,7 @@ def grad_lut(matrix: Packed, grad: Tensor, x: Tensor) -> Tensor:
         flat, wide = flat.float(), wide.float()
     step = _tile_rows(matrix)
     tile = wide.new_empty((1 + narrow, min(step, matrix.rows), matrix.columns))
-    result = torch.empty(matrix.lut.shape, dtype=torch.float32)
+    result = torch.empty(matrix.lut.shape, dtype=torch.float32, device="cpu")
     for begin in range(0, matrix.rows, step):
         end = min(begin + step, matrix.rows)
         across = _across(flat[:, begin:end]) if narrow else flat[:, begin:end].t()
@@ -103,7 +103,7 @@ def sum_by_code(matrix: Packed, rows: Tensor, dense: Tensor) -> Tensor:
     Returns:
         float32 ``[n, groups, 2**bits]``.
     """
-    out = torch.empty((rows.numel(), *matrix.lut.shape[1:]), dtype=torch.float32)
+    out = torch.empty((rows.numel(), *matrix.lut.shape[1:]), dtype=torch.float32, device="cpu")
     _sum_rows(matrix, dense.contiguous(), None, out, 0, rows.contiguous())
     return out
 

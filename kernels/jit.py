@@ -1,9 +1,10 @@
 """The one way in which this package compiles: lazy, cached, and bound to IEEE arithmetic.
 
 No kernel is compiled at import, and none uses fastmath: sums run in an order that the source fixes
-(explicit lanes where speed asks for them), and the only functions are + - * / and sqrt, which IEEE
-754 rounds exactly. So the bytes of a sketch depend neither on the number of threads nor on the
-vector width of the machine.
+(explicit lanes where speed asks for them). The solver's only functions are + - * / and sqrt, which
+IEEE 754 rounds exactly, so that the bytes of a sketch depend neither on the number of threads nor
+on the vector width of the machine. The kernels that run sketches also fuse products into sums where
+the machine does.
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ class Packed:
                     f"{tensor.device}"
                 )
         rows, groups = lut.shape[:2]
+        if not rows:
+            raise ValueError("a sketched matrix has at least one row")
         return Packed(
             index,
             lut,

@@ -1,7 +1,7 @@
 """Sketches in plain torch operations, for every device and dtype: slow, tiled, differentiable.
 
-The path of devices without kernels of their own (tried on the CPU only, so far not on a GPU), and
-of the backward pass.
+The path of devices and dtypes without kernels of their own (tried on the CPU only, so far not on a
+GPU), and the reference of the others.
 """
 
 from __future__ import annotations

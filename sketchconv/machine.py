@@ -41,7 +41,6 @@ FEATURES = (
 )
 # Variables that change which code runs or on how many threads.
 OVERRIDES = (
-    "SKETCHCONV_",
     "NUMBA_",
     "OMP_",
     "MKL_NUM_THREADS",

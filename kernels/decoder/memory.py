@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +45,15 @@ class Memory:
 
     def _make(self, capacity: int) -> tuple[Tensor, Tensor]:
         blocks = max(-(-capacity // LANES), 1)
-        keys = torch.zeros((*self._shape, blocks, self.dim, LANES), dtype=self.dtype)
-        width = padded(self.dim)
-        values = torch.zeros((*self._shape, blocks * LANES, width), dtype=self.dtype)
-        return keys, values
+        keys = (*self._shape, blocks, self.dim, LANES)
+        values = (*self._shape, blocks * LANES, padded(self.dim))
+        return self._zeros(keys), self._zeros(values)
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Zeros from the system, page by page as they are touched; torch would write them all."""
+        size = math.prod(shape) * self.dtype.itemsize
+        with torch.inference_mode(False):  # else they could only be written in that mode
+            return torch.from_numpy(np.zeros(size, np.uint8)).view(self.dtype).view(shape)
 
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` positions at least; what is there stays."""
@@ -58,7 +66,7 @@ class Memory:
 
     def put(self, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values ``[heads, count, dim]`` at position `first` and the following."""
-        positions = torch.arange(first, first + keys.shape[1])
+        positions = torch.arange(first, first + keys.shape[1], device="cpu")
         block, lane = positions // LANES, positions % LANES
         self.keys[layer].transpose(2, 3)[:, block, lane] = keys.to(self.dtype)
         self.values[layer, :, first : first + keys.shape[1], : self.dim] = values.to(self.dtype)

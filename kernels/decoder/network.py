@@ -24,7 +24,7 @@ def padded(count: int) -> int:
 
 def floats(values: Tensor) -> Tensor:
     """A float32 copy with zeros up to a whole number of vectors."""
-    room = torch.zeros(padded(values.numel()))
+    room = torch.zeros(padded(values.numel()), device="cpu")
     room[: values.numel()] = values.detach().reshape(-1)
     return room
 

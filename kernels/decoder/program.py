@@ -70,7 +70,7 @@ class Program:
             row[at.COS], row[at.SIN] = self._cos.data_ptr(), self._sin.data_ptr()
 
     def _buffer(self, count: int) -> Tensor:
-        made = torch.zeros(padded(count))
+        made = torch.zeros(padded(count), device="cpu")
         self._kept.append(made)
         return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -47,15 +48,20 @@ class Session:
             raise ValueError(f"threads is {threads}, must be at least 1")
         sizes = (len(network.layers), network.key_heads, network.head_dim)
         self.memory = Memory(*sizes, dtype, capacity)
-        self.network, self.threads = network, threads
+        self.network, self.threads, self._kernels = network, threads, kernels
         self._program = Program(network, self.memory, threads, kernels)
-        cells = at.COUNTERS + at.PER_PHASE * len(self._program.phases)
-        self._cells = torch.zeros(cells, dtype=torch.int64).numpy()
         self._process = os.getpid()
         self._make_own()
 
     def _make_own(self) -> None:
-        own = (torch.zeros(self._program.own_floats).numpy() for _ in range(self.threads))
+        """Memory for each thread, and new cells.
+
+        A helper that comes too late may still hold a job with the old memory, which is smaller: it
+        looks at the old cells, where no token will ever be open again.
+        """
+        cells = at.COUNTERS + at.PER_PHASE * len(self._program.phases)
+        self._cells = np.zeros(cells, np.int64)
+        own = (np.zeros(self._program.own_floats, np.float32) for _ in range(self.threads))
         fixed = (self._program.phases, self._program.reals, self._cells)
         self._jobs = [partial(run, *fixed, mine, yield_address()) for mine in own]
 
@@ -65,6 +71,20 @@ class Session:
             self.memory.grow(capacity)
             self._program.attach()
             self._make_own()
+
+    def copy(self) -> Session:
+        """A session of its own on the same network, with the same keys and values."""
+        memory = self.memory
+        made = Session(self.network, memory.dtype, memory.capacity, self.threads, self._kernels)
+        made.memory.keys.copy_(memory.keys)
+        made.memory.values.copy_(memory.values)
+        return made
+
+    def __deepcopy__(self, memo: object) -> Session:
+        return self.copy()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Session holds addresses and cannot be pickled")
 
     def step(self, token: int, position: int) -> Tensor:
         """Logits, float32 ``[vocabulary]``, after `token` at `position`; its key and value stay.

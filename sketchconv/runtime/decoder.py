@@ -27,13 +27,21 @@ from sketchconv.runtime.modules import SketchModule
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Decoder", "DecoderCache", "default_threads", "describe", "why_not"]
+__all__ = [
+    "Decoder",
+    "DecoderCache",
+    "default_threads",
+    "describe",
+    "why_not",
+    "why_not_generate",
+]
 
 # Weights of a token; below, waking a thread takes longer than it helps.
 SHARED_WEIGHTS = 1 << 22
 
 _lock = Lock()
 _active: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_threads_outside: list[int] = []  # torch's number before the blocks that are open; one per block
 
 
 class Decoder:
@@ -63,9 +71,7 @@ class Decoder:
     def __init__(
         self, model: PreTrainedModel, *, threads: int | None = None, kernels: str | None = None
     ) -> None:
-        reason = why_not(model)
-        if reason is not None:
-            raise ValueError(f"this model cannot be decoded by the compiled loop: {reason}")
+        _check(model)
         self.model = model
         self.threads = default_threads(model) if threads is None else threads
         self._kernels = kernels
@@ -85,14 +91,16 @@ class Decoder:
         return DecoderCache(session, self._fingerprint)
 
     def __enter__(self) -> Decoder:
+        _check(self.model)
         if fingerprint(self.model) != self._fingerprint:
             self._refresh()
-        self._torch_threads = torch.get_num_threads()
         with _lock:
+            threads = _torch_threads()
             count = _active.get(self.model, 0)
             if not count:
-                self.model.forward = _with_step(self.model, self._torch_threads, self._fingerprint)
+                self.model.forward = _with_step(self.model, threads, self._fingerprint)
             _active[self.model] = count + 1
+            _threads_outside.append(threads)
         return self
 
     def __exit__(
@@ -105,7 +113,18 @@ class Decoder:
             _active[self.model] -= 1
             if not _active[self.model]:
                 del self.model.forward, _active[self.model]
-        torch.set_num_threads(self._torch_threads)
+            torch.set_num_threads(_threads_outside.pop())
+
+
+def _torch_threads() -> int:
+    """Torch's number of threads outside of all blocks; within them it is 1 at times."""
+    return _threads_outside[0] if _threads_outside else torch.get_num_threads()
+
+
+def _check(model: PreTrainedModel) -> None:
+    reason = why_not(model)
+    if reason is not None:
+        raise ValueError(f"this model cannot be decoded by the compiled loop: {reason}")
 
 
 def default_threads(model: PreTrainedModel) -> int:
@@ -115,12 +134,20 @@ def default_threads(model: PreTrainedModel) -> int:
         for module in model.modules()
         if isinstance(module, SketchModule | torch.nn.Linear)
     )
-    return torch.get_num_threads() if weights >= SHARED_WEIGHTS else 1
+    return _torch_threads() if weights >= SHARED_WEIGHTS else 1
+
+
+def why_not_generate(model: PreTrainedModel) -> str | None:
+    """As `why_not`, and whether `generate` would accept our cache."""
+    wanted = getattr(model.generation_config, "cache_implementation", None)
+    if wanted is not None:
+        return f"the generation config asks for the cache {wanted!r}"
+    return why_not(model)
 
 
 def describe(model: PreTrainedModel) -> str:
     """Which loop `generate.stream` decodes with, and why, in a few words."""
-    reason = why_not(model)
+    reason = why_not_generate(model)
     if reason is not None:
         return f"transformers' loop: {reason}"
     threads = default_threads(model)

@@ -87,8 +87,8 @@ class DecoderLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 class DecoderCache(Cache):
     """Keys and values of **one** sequence, for transformers' modules and the compiled step alike.
 
-    Make it with `Decoder.cache`. A forward that fails
-    before the attention of its last layer leaves the cache as it was.
+    Make it with `Decoder.cache`. A forward that fails before the attention of its last layer leaves
+    the cache as it was. A deep copy goes on alone.
 
     Attributes:
         length: positions that are there.
@@ -101,6 +101,12 @@ class DecoderCache(Cache):
         self.length = 0
         count = len(session.network.layers)
         super().__init__(layers=[DecoderLayer(self, number) for number in range(count)])
+
+    def __deepcopy__(self, memo: object) -> DecoderCache:
+        """A cache that goes on alone, on the same weights: how a prompt is used twice."""
+        made = DecoderCache(self.session.copy(), self.weights)
+        made.length = self.length
+        return made
 
     def read(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `count` positions, ``[1, heads, count, dim]``."""

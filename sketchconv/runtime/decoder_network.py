@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, TypeAlias
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from sketchconv.kernels.decoder.network import Layer, Matrix, Network, floats
 from sketchconv.runtime.modules import SketchModule
 
-Fingerprint: TypeAlias = tuple[tuple[int, int], ...]
+Fingerprint: TypeAlias = tuple[tuple[int, int, int], ...]
 
 
 def network_of(model: Any) -> Network:
@@ -36,9 +37,19 @@ def network_of(model: Any) -> Network:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Addresses and versions of all tensors: another one means that the network is out of date."""
+    """Addresses and versions of all tensors, and what is in those that the network has copies of.
+
+    Another one means that the network is out of date.
+    """
     tensors = (*model.parameters(), *model.buffers())
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, _digest(t)) for t in tensors)
+
+
+def _digest(tensor: Tensor) -> int:
+    """Checksum of a norm or a bias; neither address nor version tells of `tensor.data.mul_(2)`."""
+    if tensor.dim() != 1 or not tensor.is_cpu:
+        return 0
+    return zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def _layer(layer: Any) -> Layer:
@@ -78,5 +89,5 @@ def _matrix(module: Any) -> Matrix:
 @torch.no_grad()
 def _rotations(rotary: Any, length: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines as the model's own module gives them for float32 activations."""
-    cos, sin = rotary(torch.zeros(1), torch.arange(length)[None])
+    cos, sin = rotary(torch.zeros(1, device="cpu"), torch.arange(length, device="cpu")[None])
     return cos[0].contiguous(), sin[0].contiguous()

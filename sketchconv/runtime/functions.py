@@ -100,6 +100,8 @@ def grad_rows(
             index = restored(index, bits, columns // lut.shape[1])
         return plain.grad_gather(grad, ids, index, lut, padding).to(lut.dtype)
     rows, dense = plain.summed_rows(grad, ids, padding)
+    if rows.numel() and not (int(rows[0]) >= 0 and int(rows[-1]) < packed.rows):
+        raise IndexError(f"ids reach from {rows[0]} to {rows[-1]}, of {packed.rows} rows")
     total = torch.zeros_like(lut)
     total[rows] = gradients.sum_by_code(packed, rows, dense).to(lut.dtype)
     return total

@@ -138,9 +138,9 @@ def _loop(
     model: PreTrainedModel, inputs: dict[str, Any], config: Any, own_loop: bool
 ) -> Iterator[dict[str, Any]]:
     """The compiled loop while the context lasts, and the cache that `generate` needs for it."""
-    from sketchconv.runtime.decoder import Decoder, why_not
+    from sketchconv.runtime.decoder import Decoder, why_not_generate
 
-    if not own_loop or why_not(model) is not None:
+    if not own_loop or why_not_generate(model) is not None:
         yield {}
         return
     with Decoder(model) as decoder:

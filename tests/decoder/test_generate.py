@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -165,10 +166,70 @@ def test_nothing_stays_behind(pair):
         model(PROMPT[:, :1], past_key_values=decoder.cache())
     assert torch.get_num_threads() == 2
     assert "forward" not in vars(model)
+    other = pair("Qwen2ForCausalLM").model
+    with Decoder(model) as decoder, torch.no_grad():
+        model(PROMPT[:, :1], past_key_values=decoder.cache())
+        with decoder, Decoder(other) as inner:
+            other(PROMPT)
+            assert torch.get_num_threads() == 2
+            other(PROMPT[:, :1], past_key_values=inner.cache())
+    assert torch.get_num_threads() == 2
     with pytest.raises(KeyError, match="on purpose"), Decoder(model):
         raise KeyError("on purpose")
     assert "forward" not in vars(model)
     copy.deepcopy(model)
+
+
+def test_a_copied_cache_goes_on_alone(pair, steps):
+    model = pair().model
+    with Decoder(model) as decoder, torch.no_grad():
+        cache = decoder.cache(16)
+        model(PROMPT, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        tokens = [[[7]], [[9]]]
+        first = [model(torch.tensor(t), past_key_values=twin).logits for t in tokens]
+        again = [model(torch.tensor(t), past_key_values=cache).logits for t in tokens]
+        del cache
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert twin.get_seq_length() == PROMPT.shape[1] + 2
+    assert len(steps) == 4
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(twin.session)
+
+
+def test_what_changed_after_the_decoder_was_made(pair):
+    model = pair().model
+    decoder = Decoder(model)
+    hook = model.model.layers[0].register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="hook"), decoder:
+        pass
+    hook.remove()
+    before = generate(model, PROMPT, **GREEDY)
+    with torch.no_grad():  # neither the address nor the version tells of it
+        model.model.norm.weight.data.mul_(-1)
+    expected = generate(model, PROMPT, **GREEDY)
+    with decoder:
+        config = GenerationConfig(pad_token_id=0, **GREEDY)
+        found = model.generate(PROMPT, generation_config=config, past_key_values=decoder.cache())
+    assert torch.equal(found, expected)
+    assert not torch.equal(before, expected)
+
+
+def test_a_cache_made_in_inference_mode_serves_outside_of_it(pair):
+    model = pair().model
+    with Decoder(model) as decoder:
+        with torch.inference_mode():
+            cache = decoder.cache()
+            model(PROMPT, past_key_values=cache)
+        with torch.no_grad():
+            model(PROMPT, past_key_values=cache)
+    assert cache.get_seq_length() == 2 * PROMPT.shape[1]
+
+
+def test_a_model_that_wants_another_cache_gets_it(pair):
+    model = pair().model
+    model.generation_config.cache_implementation = "static"
+    assert "static" in describe(model)
 
 
 def test_a_failure_in_the_modules_leaves_the_cache_as_it_was(pair):

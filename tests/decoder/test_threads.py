@@ -62,6 +62,19 @@ def test_helpers_that_come_late_or_never(network, monkeypatch):
     assert len(late) == 2 * len(TOKENS)
 
 
+def test_a_job_from_before_the_memory_grew_finds_no_token(network):
+    """Its own memory is too small for the positions that are there now."""
+    session = Session(network, capacity=16, threads=2)
+    session.step(TOKENS[0], 0)
+    late = session._jobs[1]
+    session.reserve(4000)
+    sessions.open_token(session._cells, TOKENS[1], 1)
+    late()
+    untouched = not session._cells[sessions.at.COUNTERS :].any()
+    sessions.close_token(session._cells, 0)
+    assert untouched
+
+
 def test_helpers_do_their_share(network):
     """A step whose caller only waits is done by the helpers alone."""
     session = Session(network, threads=2)

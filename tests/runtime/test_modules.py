@@ -218,3 +218,28 @@ def test_bad_arguments_are_refused():
         SketchLinear(10, 4, 9)
     with pytest.raises(ValueError, match="a LUT is"):
         SketchLinear(10, 4, 4, lut_dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_default_device_does_not_move_the_results(tokens):
+    """Memory of another device than the kernels' would end the process."""
+    module = SketchLinear(16, 8, 4)
+    rows = SketchEmbedding(8, 16, 4)
+    x = torch.ones(tokens, 16, requires_grad=True)
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    with torch.device("meta"):
+        made = [module(x), rows(ids), module.dequantize()]
+        with torch.no_grad():
+            made.append(module(x))
+        slopes = torch.autograd.grad(made[0].sum(), (x, module.sketch_lut))
+    assert {each.device.type for each in (*made, *slopes)} == {"cpu"}
+
+
+def test_ids_beyond_the_sketch_have_no_gradient():
+    rows = SketchEmbedding(8, 16, 4)
+    index, lut = rows.sketch_index, rows.sketch_lut.detach()
+    for bad in (-1, 8):
+        with pytest.raises(IndexError, match="of 8 rows"):
+            torch.ops.sketchconv.embedding_grad_lut(
+                torch.ones(1, 16), torch.tensor([bad]), index, lut, None, "planes-le"
+            )
