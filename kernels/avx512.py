@@ -88,18 +88,18 @@ def _emit_group(
         first = b.add(x, b.mul(column, I64(4)))
         return [b.add(first, b.mul(stride, I64(token))) for token in range(len(sums))]
 
-    size = I64(plan[0].columns)
-    full = b.udiv(columns, size)
-    with cgutils.for_range(b, full) as loop:
-        at = b.mul(loop.index, size)
-        _add_block(b, plan[0], tables, planes_at(at), xs_at(at), sums, None)
-    done, size = b.mul(full, size), I64(plan[-1].columns)
-    short = b.udiv(b.add(b.sub(columns, done), b.sub(size, I64(1))), size)
-    with cgutils.for_range(b, short) as loop:
-        at = b.add(done, b.mul(loop.index, size))
-        rest = b.sub(columns, at)
-        left = b.select(b.icmp_signed("<", rest, size), rest, size)
-        _add_block(b, plan[-1], tables, planes_at(at), xs_at(at), sums, left)
+    done: Any = I64(0)
+    for block in plan:
+        first, size = done, I64(block.columns)
+        rest = b.sub(b.sub(columns, first), I64(block.beyond))
+        full = b.sdiv(b.select(b.icmp_signed(">", rest, I64(0)), rest, I64(0)), size)
+        with cgutils.for_range(b, full) as loop:
+            at = b.add(first, b.mul(loop.index, size))
+            _add_block(b, block, tables, planes_at(at), xs_at(at), sums, None)
+        done = b.add(first, b.mul(full, size))
+    left = b.sub(columns, done)
+    with b.if_then(b.icmp_signed(">", left, I64(0))):
+        _add_block(b, plan[-1], tables, planes_at(done), xs_at(done), sums, left)
 
 
 def _emit_row(b: Any, bits: int, lut: str, vbmi: int, tokens: int, args: list[Any]) -> list[Any]:
