@@ -7,6 +7,8 @@ decoding to float32, 16 neighbouring columns are spread over the lanes in their 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from llvmlite import ir
@@ -41,7 +43,49 @@ from sketchconv.kernels.avx512_order import padded
 from sketchconv.kernels.planes import fields
 
 PREFETCH_BYTES = 4096  # ahead of the reads: doubled the speed of layers that come from DRAM
-SUMS = 4  # running sums of a token: enough to keep the multipliers busy
+BAND_PREFETCH_BYTES = 2048  # the same for several rows at once
+SUMS = 4  # running sums of a dot product: enough to keep the multipliers busy
+
+
+@dataclass(frozen=True, slots=True)
+class _Dots:
+    """Dot products of some rows with some activations, under way.
+
+    `starts` are, by row, (address, bits of a field) of each plane of the group at work, and
+    `tables` its LUT in registers; `xs` are the group's addresses in the activations, and
+    ``sums[row][token]`` the running sums.
+    """
+
+    tables: list[list[Any]]
+    starts: list[list[tuple[Any, int]]]
+    xs: list[Any]
+    sums: list[list[list[Any]]]
+
+    def add(self, b: Any, block: Block, column: Any, left: Any) -> None:
+        """`sums[row][token][j % SUMS] += weight[j] * x[j]` over the vectors of one block.
+
+        `left` is the number of columns in a last, short block, None in a full one.
+        """
+        planes = [
+            [b.add(at, b.lshr(b.mul(column, I64(width)), I64(3))) for at, width in starts]
+            for starts in self.starts
+        ]
+        if left is None:
+            ahead = PREFETCH_BYTES if len(planes) == 1 else BAND_PREFETCH_BYTES
+            for address in chain.from_iterable(planes):
+                prefetch(b, b.add(address, I64(ahead)))
+        xs = [b.add(x, b.mul(column, I64(4))) for x in self.xs]
+        rows = [
+            block.weights(b, tables, at, left)
+            for tables, at in zip(self.tables, planes, strict=True)
+        ]
+        for number, weights in enumerate(zip(*rows, strict=True)):
+            values = [load(b, b.add(x, I64(4 * LANES * number)), VF32) for x in xs]
+            for weight, sums in zip(weights, self.sums, strict=True):
+                for value, parts in zip(values, sums, strict=True):
+                    total = parts[number % SUMS]
+                    args = [weight, value, b.load(total)]
+                    b.store(call(b, "llvm.fma.v16f32", VF32, args), total)
 
 
 def _prefetch_tables(b: Any, address: Any, size: int) -> None:
@@ -50,64 +94,29 @@ def _prefetch_tables(b: Any, address: Any, size: int) -> None:
         prefetch(b, b.add(address, I64(PREFETCH_BYTES + line)))
 
 
-def _add_block(
-    b: Any, block: Block, tables: list[Any], planes: list[Any], xs: list[Any], sums: Any, left: Any
-) -> None:
-    """`sums[token][j % SUMS] += weight[j] * x[j]` over the vectors of one block.
-
-    `planes` and `xs` are addresses at the block's start; `left` is the number of columns in a
-    last, short block, None in a full one.
-    """
-    if left is None:
-        for address in planes:
-            prefetch(b, b.add(address, I64(PREFETCH_BYTES)))
-    for number, weight in enumerate(block.weights(b, tables, planes, left)):
-        for token, x in enumerate(xs):
-            value = load(b, b.add(x, I64(4 * LANES * number)), VF32)
-            total = sums[token][number % SUMS]
-            args = [weight, value, b.load(total)]
-            b.store(call(b, "llvm.fma.v16f32", VF32, args), total)
-
-
-def _emit_group(
-    b: Any,
-    plan: tuple[Block, ...],
-    tables: list[Any],
-    starts: list[tuple[Any, int]],
-    x: Any,
-    stride: Any,
-    sums: Any,
-    columns: Any,
-) -> None:
-    """Add one group of one row to `sums`; `starts` are (address, bits of a field) by plane."""
-
-    def planes_at(column: Any) -> list[Any]:
-        return [b.add(start, b.lshr(b.mul(column, I64(width)), I64(3))) for start, width in starts]
-
-    def xs_at(column: Any) -> list[Any]:
-        first = b.add(x, b.mul(column, I64(4)))
-        return [b.add(first, b.mul(stride, I64(token))) for token in range(len(sums))]
-
+def _add_group(b: Any, plan: tuple[Block, ...], dots: _Dots, columns: Any) -> None:
+    """Add one group of `columns` columns: blocks of each kind as they fit, and one short one."""
     done: Any = I64(0)
     for block in plan:
         first, size = done, I64(block.columns)
         rest = b.sub(b.sub(columns, first), I64(block.beyond))
         full = b.sdiv(b.select(b.icmp_signed(">", rest, I64(0)), rest, I64(0)), size)
         with cgutils.for_range(b, full) as loop:
-            at = b.add(first, b.mul(loop.index, size))
-            _add_block(b, block, tables, planes_at(at), xs_at(at), sums, None)
+            dots.add(b, block, b.add(first, b.mul(loop.index, size)), None)
         done = b.add(first, b.mul(full, size))
     left = b.sub(columns, done)
     with b.if_then(b.icmp_signed(">", left, I64(0))):
-        _add_block(b, plan[-1], tables, planes_at(done), xs_at(done), sums, left)
+        dots.add(b, plan[-1], done, left)
 
 
-def _emit_row(b: Any, bits: int, lut: str, vbmi: int, tokens: int, args: list[Any]) -> list[Any]:
-    """One output row for `tokens` activations; see `row_dots` for the arguments."""
-    index, tables_at, x, stride, groups, columns = args
+def _emit_rows(
+    b: Any, bits: int, lut: str, vbmi: int, count: int, tokens: int, args: list[Any]
+) -> list[Any]:
+    """`count` output rows for `tokens` activations; see `row_dots` for the arguments."""
+    index, tables_at, x, stride, apart, groups, columns = args
     plan = blocks(bits, lut, bool(vbmi))
-    sums = [[local(b, VF32) for _ in range(SUMS)] for _ in range(tokens)]
-    for total in (total for row in sums for total in row):
+    sums = [[[local(b, VF32) for _ in range(SUMS)] for _ in range(tokens)] for _ in range(count)]
+    for total in (total for row in sums for parts in row for total in parts):
         b.store(ir.Constant(VF32, None), total)
     sizes = plane_bytes(b, bits, columns)
     group_bytes = sizes[0]
@@ -115,18 +124,26 @@ def _emit_row(b: Any, bits: int, lut: str, vbmi: int, tokens: int, args: list[An
         group_bytes = b.add(group_bytes, more)
     room = b.mul(padded(b, plan, columns), I64(4))
     lut_bytes = 2**bits * (4 if lut == "F32" else 2)
-    with cgutils.for_range(b, groups) as group:
-        at = b.add(tables_at, b.mul(group.index, I64(lut_bytes)))
-        _prefetch_tables(b, at, lut_bytes)
-        if by_bytes(bits, lut, bool(vbmi)):
-            tables = load_byte_tables(b, at, bits)
-        else:
-            tables = load_tables(b, at, bits, lut)
-        starts = plane_starts(b, b.add(index, b.mul(group.index, group_bytes)), sizes)
-        planes = list(zip(starts, fields(bits), strict=True))
-        x_group = b.add(x, b.mul(group.index, room))
-        _emit_group(b, plan, tables, planes, x_group, stride, sums, columns)
-    return [sum_lanes(b, [b.load(total) for total in row]) for row in sums]
+    rows = [b.mul(b.mul(apart, groups), I64(number)) for number in range(count)]
+    bytewise = by_bytes(bits, lut, bool(vbmi))
+    with cgutils.for_range(b, groups) as loop:
+        numbers = [b.add(row, loop.index) for row in rows]
+        luts = [b.add(tables_at, b.mul(number, I64(lut_bytes))) for number in numbers]
+        codes = [b.add(index, b.mul(number, group_bytes)) for number in numbers]
+        for at in luts:
+            _prefetch_tables(b, at, lut_bytes)
+        first = b.add(x, b.mul(loop.index, room))
+        dots = _Dots(
+            [
+                load_byte_tables(b, at, bits) if bytewise else load_tables(b, at, bits, lut)
+                for at in luts
+            ],
+            [list(zip(plane_starts(b, at, sizes), fields(bits), strict=True)) for at in codes],
+            [b.add(first, b.mul(stride, I64(token))) for token in range(tokens)],
+            sums,
+        )
+        _add_group(b, plan, dots, columns)
+    return [sum_lanes(b, [b.load(total) for total in parts]) for row in sums for parts in row]
 
 
 def _natural_codes(b: Any, width: int, address: Any, left: Any | None) -> Any:
@@ -179,27 +196,31 @@ def _row_dots(
     bits: Any,
     lut: Any,
     vbmi: Any,
+    count: Any,
     tokens: Any,
     index: Any,
     tables: Any,
     x: Any,
     stride: Any,
+    apart: Any,
     groups: Any,
     columns: Any,
 ) -> Any:
-    """Dot products of one row with 1, 2 or 4 permuted activations, as a tuple of float32.
+    """Dot products of `count` rows with `tokens` permuted activations: a flat tuple of float32.
 
-    `index`, `tables` and `x` are the addresses of the row's codes, of its LUTs and of the
-    activations, `stride` the bytes from one activation to the next, `columns` those of one group.
+    `index`, `tables` and `x` are the addresses of the first row's codes, of its LUTs and of the
+    activations, `stride` the bytes from one activation to the next, `apart` the rows from one
+    row to the next, `columns` those of one group. A result does not depend on its companions.
     """
-    static = bits.literal_value, lut.literal_value, vbmi.literal_value, tokens.literal_value
+    given = (bits, lut, vbmi, count, tokens)
+    static = [value.literal_value for value in given]
     tuple_type: Any = types.UniTuple
-    result = tuple_type(types.float32, tokens.literal_value)
+    result = tuple_type(types.float32, static[3] * static[4])
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.make_tuple(builder, result, _emit_row(builder, *static, list(args[4:])))
+        return context.make_tuple(builder, result, _emit_rows(builder, *static, list(args[5:])))
 
-    return result(bits, lut, vbmi, tokens, *[types.int64] * 6), codegen
+    return result(*given, *[types.int64] * 7), codegen
 
 
 def _decode_group(

@@ -18,6 +18,7 @@ from sketchconv.kernels.pointers import carray, pointer_to
 
 ALIGNMENT = 64
 TILE_ROWS = 16  # rows that pass by each group of activations while these stay in the first cache
+BANDS = {2: 4, 3: 2, 4: 4}  # bits: rows at once for one activation, each a stream of its own
 MANY_BYTES = 1 << 15  # activations that stay there; beyond, 2 at once are faster than 4
 
 
@@ -43,6 +44,7 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
     fast = int(vbmi and (bits == 3 or by_bytes(bits, lut, vbmi)))
     lut_bytes = 2**bits * (4 if lut == "F32" else 2)
     widths = fields(bits)
+    bands = BANDS.get(bits, 1)
 
     @jit
     def multiply(
@@ -68,6 +70,18 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
         for field in widths:
             row_bytes += groups * ((columns * field + 7) // 8)
         stride = 4 * groups * width
+        if tokens == 1 and bands > 1:
+            apart = (end - begin) // bands
+            at = np.int64(activations.ctypes.data)
+            for row in range(begin, begin + apart):
+                codes = index + row * row_bytes
+                luts = tables + row * groups * lut_bytes
+                dots = row_dots(
+                    bits, lut, fast, bands, 1, codes, luts, at, stride, apart, groups, columns
+                )
+                for band in range(bands):
+                    _put(y, row + band * apart, dots[band], half)
+            begin += bands * apart
         many = 4 if 4 * stride <= MANY_BYTES else 2
         for tile in range(begin, end, TILE_ROWS):
             last = min(tile + TILE_ROWS, end)
@@ -81,15 +95,19 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
                     luts = tables + row * groups * lut_bytes
                     to = token * rows + row
                     if count == 1:
-                        one = row_dots(bits, lut, fast, 1, codes, luts, at, stride, groups, columns)
+                        one = row_dots(
+                            bits, lut, fast, 1, 1, codes, luts, at, stride, 0, groups, columns
+                        )
                         _put(y, to, one[0], half)
                     elif count == 2:
-                        two = row_dots(bits, lut, fast, 2, codes, luts, at, stride, groups, columns)
+                        two = row_dots(
+                            bits, lut, fast, 1, 2, codes, luts, at, stride, 0, groups, columns
+                        )
                         _put(y, to, two[0], half)
                         _put(y, to + rows, two[1], half)
                     else:
                         four = row_dots(
-                            bits, lut, fast, 4, codes, luts, at, stride, groups, columns
+                            bits, lut, fast, 1, 4, codes, luts, at, stride, 0, groups, columns
                         )
                         for part in range(4):
                             _put(y, to + part * rows, four[part], half)

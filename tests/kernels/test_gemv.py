@@ -187,7 +187,7 @@ def run(kernel, matrix, x, begin=0, end=None):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("columns", [300, 2100])
 def test_a_token_has_the_result_that_it_has_alone(kernel, bits, columns):
     """At any number of tokens, in any span of rows: the order of a row's sum is its own."""
@@ -259,13 +259,15 @@ def test_compiled_code_can_call_the_kernels(kernel):
 def test_threads_and_spans_do_not_change_a_bit(kernel, monkeypatch):
     _, matrix = make(4, 101, 1, 200)
     x = torch.randn(2, 200, generator=torch.Generator().manual_seed(2))
-    serial = gemv.multiply(matrix, x, kernel)
+    one = x[:1].clone()
+    serial, single = gemv.multiply(matrix, x, kernel), gemv.multiply(matrix, one, kernel)
     tile = dequantize.decode(matrix, kernel=kernel)
     monkeypatch.setattr(gemv, "PARALLEL_WEIGHTS", 1)
     monkeypatch.setattr(dequantize, "PARALLEL_WEIGHTS", 1)
     for threads in (2, 3, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
         assert torch.equal(gemv.multiply(matrix, x, kernel), serial)
+        assert torch.equal(gemv.multiply(matrix, one, kernel), single)
         assert torch.equal(dequantize.decode(matrix, kernel=kernel), tile)
         with ThreadPoolExecutor(4) as callers:
             runs = [callers.submit(gemv.multiply, matrix, x, kernel) for _ in range(8)]
@@ -306,18 +308,18 @@ def guarded(size):
     assert libc.mprotect(ctypes.c_void_p(base + room), page, 0) == 0
     return area, torch.frombuffer(area, dtype=torch.uint8, count=size, offset=room - size)
 for bits in {tuple(widths)}:
-    for columns in (1, 33, 130, 600):
-        _, index = guarded(3 * packed_size(columns, bits))
-        _, lut = guarded(3 * 2**bits * {4 if lut == "F32" else 2})
+    for columns in (1, 33, 128, 130, 134, 600):
+        _, index = guarded(5 * packed_size(columns, bits))
+        _, lut = guarded(5 * 2**bits * {4 if lut == "F32" else 2})
         lut = lut.view({LUTS[lut]})
-        matrix = Packed.of(index.view(3, 1, -1), lut.view(3, 1, -1), columns)
+        matrix = Packed.of(index.view(5, 1, -1), lut.view(5, 1, -1), columns)
         for dtype in (torch.float32, torch.bfloat16):
             _, x = guarded(dtype.itemsize * columns)
             gemv.multiply(matrix, x.view(dtype).view(1, columns), kernel="{kernel}")
-        _, out = guarded(3 * columns * 4)
-        dequantize.decode_into(matrix, out.view(torch.float32).view(3, columns), kernel="{kernel}")
-        _, out = guarded(3 * columns * 2)
-        dequantize.decode_into(matrix, out.view(torch.bfloat16).view(3, columns), kernel="{kernel}")
+        _, out = guarded(5 * columns * 4)
+        dequantize.decode_into(matrix, out.view(torch.float32).view(5, columns), kernel="{kernel}")
+        _, out = guarded(5 * columns * 2)
+        dequantize.decode_into(matrix, out.view(torch.bfloat16).view(5, columns), kernel="{kernel}")
 print("sound", {packed_size(7, 3)})
 """
     if not sys.platform.startswith("linux"):
