@@ -213,7 +213,7 @@ def _row_dots(
     row to the next, `columns` those of one group. A result does not depend on its companions.
     """
     given = (bits, lut, vbmi, count, tokens)
-    static = [value.literal_value for value in given]
+    static: Any = [value.literal_value for value in given]
     tuple_type: Any = types.UniTuple
     result = tuple_type(types.float32, static[3] * static[4])
 
