@@ -213,12 +213,13 @@ def _row_dots(
     row to the next, `columns` those of one group. A result does not depend on its companions.
     """
     given = (bits, lut, vbmi, count, tokens)
-    static: Any = [value.literal_value for value in given]
+    width, kind, fast, rows, many = (value.literal_value for value in given)
     tuple_type: Any = types.UniTuple
-    result = tuple_type(types.float32, static[3] * static[4])
+    result = tuple_type(types.float32, rows * many)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.make_tuple(builder, result, _emit_rows(builder, *static, list(args[5:])))
+        values = _emit_rows(builder, width, kind, fast, rows, many, list(args[5:]))
+        return context.make_tuple(builder, result, values)
 
     return result(*given, *[types.int64] * 7), codegen
 
