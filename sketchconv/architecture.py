@@ -65,15 +65,28 @@ def map_model(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Mod
         ArchitectureError: unknown to transformers, or config and tensors do not fit together.
         SourceError: the config says that the checkpoint is quantized.
     """
+    return open_skeleton(config, infos)[1]
+
+
+def open_skeleton(
+    config: Mapping[str, Any], infos: Mapping[str, TensorInfo]
+) -> tuple[PreTrainedModel, ModelMap]:
+    """The model without weights, of the class that a checkpoint fits, and its map.
+
+    Raises:
+        ArchitectureError, SourceError: as `map_model`.
+    """
     refuse_quantized(dict(config), "config.json")
     classes = candidate_classes(config)
     for cls in classes[:-1]:
         # Without a class in the config: the first one whose weights are all there.
         try:
-            return _map(build_skeleton(config, infos, cls), infos)
+            model = build_skeleton(config, infos, cls)
+            return model, _map(model, infos)
         except ArchitectureError:
             continue
-    return _map(build_skeleton(config, infos, classes[-1]), infos)
+    model = build_skeleton(config, infos, classes[-1])
+    return model, _map(model, infos)
 
 
 def _map(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> ModelMap:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from sketchconv.plan import Step
 
+SPAN = 128  # rows; chunks are whole spans, as a solver's matrix products are (`calibration.spans`)
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -46,6 +47,8 @@ def row_chunks(step: Step, budget: int) -> Iterator[Chunk]:
     """Cut a step's tensor into chunks of whole rows that each fit `budget` bytes."""
     rows = step.info.shape[0] if step.info.shape else 1
     size = max(1, budget // row_memory(step))
+    if size > SPAN:
+        size -= size % SPAN
     for begin in range(0, rows, size):
         end = min(begin + size, rows)
         yield Chunk(step, begin, end, last=end == rows)

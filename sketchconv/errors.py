@@ -7,6 +7,8 @@ from sketchconv.formats.errors import OutputFailure as OutputError
 
 __all__ = [
     "ArchitectureError",
+    "CalibrationError",
+    "EvaluationError",
     "FormatError",
     "HubError",
     "LoadError",
@@ -43,5 +45,13 @@ class WeightError(SketchconvError):
     """A weight cannot be compressed: NaN or infinity, or beyond the range of the LUT's dtype."""
 
 
+class CalibrationError(SketchconvError):
+    """A calibration cannot be done: its text, its state, or the activations that it met."""
+
+
 class LoadError(SketchconvError):
     """A sketch cannot be turned into a model."""
+
+
+class EvaluationError(SketchconvError):
+    """A model, a text or a set of questions cannot be measured, or two models not be compared."""

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections import Counter
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sketchconv.chunks import row_memory
-from sketchconv.errors import OutputError, SourceError
+from sketchconv.document import make_draft, output_sizes, with_config, with_dtype
+from sketchconv.errors import OutputError, RecipeError, SourceError
 from sketchconv.memory import chunk_budget
 from sketchconv.plan import Plan
 from sketchconv.recipe import Recipe
 
 if TYPE_CHECKING:
     from sketchconv.architecture import ModelMap
+    from sketchconv.calibration.options import Calibration
     from sketchconv.formats.writer import BundleWriter, Draft, FolderWriter
     from sketchconv.moments import Moments
     from sketchconv.sources.base import Source
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _OTHER_FORMATS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ggml", ".onnx")
 
 
@@ -42,6 +41,8 @@ class Job:
     budget: int
     max_shard_size: int
     overwrite: bool
+    calibration: Calibration | None = None
+    max_memory: int | None = None
 
     @property
     def bundle(self) -> bool:
@@ -60,6 +61,17 @@ class Job:
         whole = [row_memory(s) * (s.info.shape[0] if s.info.shape else 1) for s in steps]
         one_row = [row_memory(s) for s in steps]
         return max(min(self.budget, max(whole, default=0)), max(one_row, default=0))
+
+    def renewed(self) -> Job:
+        """The same job for another pass over the weights: moments have a state."""
+        moments = _moments(self.source, self.source.config(), self.recipe)
+        return dataclasses.replace(self, moments=moments)
+
+    def draft_writer(self, path: Path) -> BundleWriter:
+        """Open a bundle with the same content for writing, somewhere else."""
+        from sketchconv.formats.writer import BundleWriter
+
+        return BundleWriter(path, self.draft, self.files, overwrite=True)
 
     def writer(self) -> BundleWriter | FolderWriter:
         """Open the output for writing, as a temporary beside it."""
@@ -81,6 +93,7 @@ def prepare(
     max_memory: int | None = None,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
+    calibration: Calibration | None = None,
 ) -> Job:
     """Open the source and decide everything that can be decided from metadata.
 
@@ -96,6 +109,8 @@ def prepare(
         raise SourceError("the source and the output must not be empty")
     output = Path(out)
     _check_suffix(output)
+    if calibration is not None:
+        _check_calibration(calibration)
     source = open_source(str(src), revision=revision)
     try:
         _check_output(output, source, force=force)
@@ -103,15 +118,27 @@ def prepare(
         model = map_model(config, source.infos)
         plan = make_plan(source.infos, model, recipe, equal_tensors=equal_ties(source, model))
         moments = _moments(source, config, recipe)
-        draft = _draft(source, plan, recipe, moments)
-        files = _with_config(source.files(), _with_dtype(config, source), recipe)
-        sizes = _sizes(output, draft, files, max_shard_size)
+        draft = make_draft(source, plan, recipe, moments, calibration)
+        files = with_config(source.files(), with_dtype(config, source), recipe)
+        sizes = output_sizes(output, draft, files, max_shard_size)
         budget = chunk_budget(max_memory)
     except BaseException:
         source.close()
         raise
     return Job(
-        source, output, recipe, plan, moments, draft, files, sizes, budget, max_shard_size, force
+        source,
+        output,
+        recipe,
+        plan,
+        moments,
+        draft,
+        files,
+        sizes,
+        budget,
+        max_shard_size,
+        force,
+        calibration,
+        max_memory,
     )
 
 
@@ -157,74 +184,21 @@ def _check_output(output: Path, source: Source, *, force: bool) -> None:
 
 
 def _moments(source: Source, config: Mapping[str, Any], recipe: Recipe) -> Moments:
-    from sketchconv.moments import equal_weights, make_moments
+    from sketchconv.moments import make_moments
 
-    if recipe.weighting == "equal":
-        return equal_weights("asked for by the recipe")
-    return make_moments(config, source.infos)
+    return make_moments(config, source.infos, recipe.weighting)
 
 
-def _draft(source: Source, plan: Plan, recipe: Recipe, moments: Moments) -> Draft:
-    from sketchconv import __version__
-    from sketchconv.formats.writer import Draft
+def _check_calibration(calibration: Calibration) -> None:
+    """Refuse an unknown method, one that needs a text and has none, and a text that is missing."""
+    from sketchconv.calibration.methods import method_named, needs_statistics
+    from sketchconv.calibration.options import SELF
+    from sketchconv.calibration.texts import check_text
 
-    return Draft(
-        sketches=plan.sketches,
-        plain=plan.plain,
-        aliases=plan.aliases,
-        recipe={
-            **recipe.to_json(),
-            "column_weights": moments.description,
-            "dropped": sorted(step.name for step in plan.steps if step.action == "drop"),
-        },
-        source={"id": _printable(source.id), "revision": source.revision, "format": source.format},
-        tool=f"sketchconv {__version__}",
-    )
-
-
-def _printable(text: str) -> str:
-    """A name from the file system without the surrogates that stand for undecodable bytes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _with_dtype(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """The config with the dtype of most parameters, where it names none.
-
-    Without it transformers would take the dtype of the first tensor, which may be a LUT.
-    """
-    if config.get("dtype") or config.get("torch_dtype"):
-        return dict(config)
-    counts: Counter[str] = Counter()
-    for info in source.infos.values():
-        counts[info.dtype] += math.prod(info.shape)
-    floats = [(counts[dtype], name) for dtype, name in _TORCH_DTYPES.items() if counts[dtype]]
-    return {**config, "dtype": max(floats)[1]} if floats else dict(config)
-
-
-def _with_config(
-    files: Mapping[str, bytes], config: Mapping[str, Any], recipe: Recipe
-) -> dict[str, bytes]:
-    """The source's files with a config.json that names our quantizer."""
-    if "config.json" not in files:
-        raise SourceError("the source has no config.json, so no one could load the result")
-    spec = recipe.default
-    quantization = {
-        "quant_method": "sktch",
-        "format": "1.0",
-        "bits": spec.bits,
-        "groups": None if spec.group_size is not None else spec.groups,
-        "group_size": spec.group_size,
-    }
-    merged = {**config, "quantization_config": quantization}
-    text = json.dumps(merged, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return {**files, "config.json": text.encode("utf-8")}
-
-
-def _sizes(
-    output: Path, draft: Draft, files: Mapping[str, bytes], max_shard_size: int
-) -> dict[str, int]:
-    from sketchconv.formats.writer import bundle_size, folder_sizes
-
-    if output.suffix == ".sktch":
-        return {output.name: bundle_size(draft, files)}
-    return dict(folder_sizes(draft, files, max_shard_size))
+    if needs_statistics(method_named(calibration.method)) and not calibration.texts:
+        raise RecipeError(
+            f"method {calibration.method} needs a text: --calibration FILE.txt, FILE.jsonl or self"
+        )
+    for text in calibration.texts:
+        if text != SELF:
+            check_text(text)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,16 @@ import numpy.typing as npt
 from sketchconv.errors import PlanError
 from sketchconv.formats.tensors import TensorInfo
 from sketchconv.llama_layout import Layout, Place, find_layout
+from sketchconv.recipe import Weighting
+
+if TYPE_CHECKING:
+    from sketchconv.calibration.factors import Factors
 
 Vector = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.float32]
 
 # Attention averages the values of many tokens, which removes most of their variance.
-_ATTENTION_SHARE = 0.3
+ATTENTION_SHARE = 0.3
 _HERMITE_NODES = 32
 
 
@@ -58,6 +62,14 @@ class Moments(Protocol):
         """
         ...
 
+    def factors(self, name: str) -> Factors | None:
+        """Second moments of whole inputs, to compensate errors with; None: only of columns.
+
+        Raises:
+            PlanError: as for `column_weights`.
+        """
+        ...
+
     def observe(self, name: str, begin: int, rows: Rows) -> None:
         """Take in rows [begin, begin + len(rows)) of a tensor, as float32 [rows, ...]."""
         ...
@@ -78,6 +90,9 @@ class EqualWeights:
         """Equal weights for every tensor."""
         return None
 
+    def factors(self, name: str) -> None:
+        """Nothing is known of any input."""
+
     def observe(self, name: str, begin: int, rows: Rows) -> None:
         """Nothing to take in."""
 
@@ -87,11 +102,19 @@ def equal_weights(reason: str) -> Moments:
     return EqualWeights(f"equal weights: {reason}")
 
 
-def make_moments(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Moments:
-    """Propagated second moments if the architecture is one that they are known for."""
+def make_moments(
+    config: Mapping[str, Any], infos: Mapping[str, TensorInfo], weighting: Weighting = "moments"
+) -> Moments:
+    """What the recipe's weighting asks for, if the architecture is one that it is known for."""
+    if weighting == "equal":
+        return equal_weights("asked for by the recipe")
     layout = find_layout(config, infos)
     if isinstance(layout, str):
         return equal_weights(layout)
+    if weighting == "covariances":
+        from sketchconv.covariances import PropagatedCovariances
+
+        return PropagatedCovariances(layout, infos)
     return PropagatedMoments(layout, infos)
 
 
@@ -134,6 +157,9 @@ class PropagatedMoments:
         mean = float(moments.mean())
         return moments / mean if mean > 0 and np.isfinite(mean) else None
 
+    def factors(self, name: str) -> None:
+        """Columns alone."""
+
     def observe(self, name: str, begin: int, rows: Rows) -> None:
         """Propagate through these rows."""
         from sketchconv.kernels.cpu import accumulate_column_squares, squared_matvec
@@ -161,7 +187,7 @@ class PropagatedMoments:
 
     def _add(self, place: Place, begin: int, values: Vector) -> None:
         if place.role == "o":
-            self._residual[begin : begin + len(values)] += _ATTENTION_SHARE * values
+            self._residual[begin : begin + len(values)] += ATTENTION_SHARE * values
         elif place.role == "down":
             self._residual[begin : begin + len(values)] += values
         else:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sketchconv.job import DEFAULT_SHARD_BYTES, Job, prepare
 from sketchconv.recipe import Recipe
 from sketchconv.report import Report
 from sketchconv.worker import Progress, Worker
 
-__all__ = ["Progress", "ProgressCallback", "convert", "run"]
+if TYPE_CHECKING:
+    from sketchconv.calibration.options import Calibration
+
+__all__ = ["Progress", "ProgressCallback", "convert", "run", "write"]
 
 ProgressCallback = Callable[[Progress], None]
 
@@ -26,9 +30,10 @@ def convert(
     max_memory: int | None = None,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
+    calibration: Calibration | None = None,
     progress: ProgressCallback | None = None,
 ) -> Report:
-    """Compress a checkpoint into a sketch; the calibration-free recipe.
+    """Compress a checkpoint into a sketch; without a calibration, no data is needed.
 
     Args:
         src: Hugging Face folder, hub id (``org/name``) or ``.gguf`` file.
@@ -39,13 +44,15 @@ def convert(
         max_memory: limit on the process's anonymous memory in bytes.
         max_shard_size: bytes of tensor data per file of a folder.
         force: replace an existing sketch.
+        calibration: fit the weights of the blocks to activations on a text.
         progress: called after each chunk, from the calling thread.
 
     Returns:
         What was done, what it cost and what it saved.
 
     Raises:
-        SketchconvError: one clear line; no output is left behind.
+        SketchconvError: one clear line; no output is left behind. A calibration leaves the blocks
+            that it has finished in a folder beside the output, and goes on there the next time.
     """
     job = prepare(
         src,
@@ -55,6 +62,7 @@ def convert(
         max_memory=max_memory,
         max_shard_size=max_shard_size,
         force=force,
+        calibration=calibration,
     )
     return run(job, threads=threads, progress=progress)
 
@@ -65,12 +73,22 @@ def run(
     """Carry out a prepared job, and close its source."""
     started = time.perf_counter()
     try:
+        if job.calibration is not None and job.calibration.texts:
+            from sketchconv.calibrated import run_calibrated
+
+            return run_calibrated(job, started, threads=threads, progress=progress)
         with job.writer() as writer:
-            work = Worker(job, writer, threads)
-            for event in work.events():
-                if progress is not None:
-                    progress(event)
-            work.commit()
+            return write(Worker(job, writer, threads), progress).report(
+                time.perf_counter() - started
+            )
     finally:
         job.source.close()
-    return work.report(time.perf_counter() - started)
+
+
+def write(work: Worker, progress: ProgressCallback | None) -> Worker:
+    """Let a worker do all its work, and commit the output."""
+    for event in work.events():
+        if progress is not None:
+            progress(event)
+    work.commit()
+    return work

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from sketchconv.errors import RecipeError
 
 Action = Literal["sketch", "copy"]
-Weighting = Literal["moments", "equal"]
+Weighting = Literal["covariances", "moments", "equal"]
 LutDtype = Literal["F16", "BF16", "F32"]
 
 
@@ -104,8 +104,10 @@ class Recipe:
     Args:
         default: spec of every linear weight.
         embed_bits: index width for embeddings and the output head; None copies them.
-        weighting: ``"moments"`` weighs columns by second moments propagated through the network
-            without data where the architecture is known; ``"equal"`` never does.
+        weighting: without data, where the architecture is known: ``"covariances"`` propagates
+            second moments of whole inputs through the network and compensates errors with them;
+            ``"moments"`` propagates those of columns, and weighs columns by them (several times
+            faster); ``"equal"`` weighs all columns alike.
         exact: solve every group to the global optimum (slower) instead of within about 0.2 %.
         include: if given, only weights that one of these patterns names are sketched.
         exclude: weights that one of these patterns names are copied.

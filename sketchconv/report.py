@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sketchconv.plan import Plan, Step
+
+if TYPE_CHECKING:
+    from sketchconv.calibration.report import CalibrationReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Report:
         solve_seconds: wall time inside the solver.
         compile_seconds: wall time to compile the solver, or to read it from its cache.
         peak_anonymous: highest anonymous memory seen, in bytes.
+        calibration: what it did, where there was one.
     """
 
     source: str
@@ -56,6 +60,7 @@ class Report:
     solve_seconds: float
     compile_seconds: float
     peak_anonymous: int
+    calibration: CalibrationReport | None = None
 
     @property
     def parameters(self) -> int:
@@ -103,6 +108,7 @@ class Report:
             "solve_seconds": self.solve_seconds,
             "compile_seconds": self.compile_seconds,
             "peak_anonymous_bytes": self.peak_anonymous,
+            "calibration": self.calibration.to_json() if self.calibration else None,
             "errors": {r.name: r.relative_error for r in self.results},
             "steps": [step_json(step) for step in self.plan.steps],
         }

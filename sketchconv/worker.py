@@ -11,17 +11,23 @@ from typing import TYPE_CHECKING
 
 from sketchconv.chunks import Chunk, SourceDigest, read_ahead, row_chunks
 from sketchconv.errors import WeightError
+from sketchconv.formats.manifest import SketchRecord
 from sketchconv.job import Job
 from sketchconv.memory import anonymous_bytes
 from sketchconv.plan import Step
 from sketchconv.recipe import Recipe
 from sketchconv.report import Report, TensorResult, stored_parameters
+from sketchconv.sketching import SketchedRows, finished_rows, fitted_rows, method_rows
 from sketchconv.sources.base import FLOATS
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from sketchconv.calibration.factors import Factors
+    from sketchconv.calibration.methods import Method
+    from sketchconv.calibration.report import CalibrationReport
+    from sketchconv.calibration.state import FinishedWeights
     from sketchconv.formats.writer import BundleWriter, FolderWriter
 
 
@@ -58,7 +64,13 @@ class _Tally:
 class Worker:
     """The state of one running job: sums, digests, times."""
 
-    def __init__(self, job: Job, writer: BundleWriter | FolderWriter, threads: int | None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        writer: BundleWriter | FolderWriter,
+        threads: int | None,
+        finished: FinishedWeights | None = None,
+    ) -> None:
         self.job = job
         self.writer = writer
         self.threads = threads
@@ -67,8 +79,11 @@ class Worker:
         self.solve_seconds = 0.0
         self.compile_seconds = 0.0
         self.peak = anonymous_bytes()
+        self._finished = finished
+        self._method = _plain_method(job)
         self._tally = _Tally()
         self._column_weights: npt.NDArray[np.float64] | None = None
+        self._factors: Factors | None = None
 
     def events(self) -> Iterator[Progress]:
         """Do all the work; an event before and after compiling, then one per chunk."""
@@ -95,7 +110,7 @@ class Worker:
         source_digest = self.digest.hexdigest(self.job.plan.steps)
         self.writer.commit(Results(errors=errors, source_digest=source_digest))
 
-    def report(self, seconds: float) -> Report:
+    def report(self, seconds: float, calibration: CalibrationReport | None = None) -> Report:
         """What was done, for a job that took `seconds` in all."""
         job = self.job
         return Report(
@@ -109,7 +124,8 @@ class Worker:
             seconds=seconds,
             solve_seconds=self.solve_seconds,
             compile_seconds=self.compile_seconds,
-            peak_anonymous=self.peak,
+            peak_anonymous=max(self.peak, calibration.peak_anonymous if calibration else 0),
+            calibration=calibration,
         )
 
     def _fetch(self, chunk: Chunk) -> bytes:
@@ -135,35 +151,22 @@ class Worker:
         self.writer.append(name, source.stored(name, raw))
 
     def _sketch(self, chunk: Chunk, raw: bytes) -> None:
-        from sketchconv.kernels.cpu import LutRangeError, pack_rows, solve_rows
-
         record, name, moments = chunk.step.record, chunk.step.name, self.job.moments
         if record is None:
             raise TypeError(f"{name}: a sketch step without a record")
         if chunk.begin == 0:
             self._column_weights = moments.column_weights(name)
+            self._factors = moments.factors(name)
             self._tally = _Tally()
         rows = self._float32(name, raw)
         _check_finite(chunk, rows, self.threads)
         started = time.perf_counter()
-        try:
-            solved = solve_rows(
-                rows,
-                record.bits,
-                record.groups,
-                column_weights=self._column_weights,
-                lut_dtype=record.lut_dtype,
-                threads=self.threads,
-                exact=self.job.recipe.exact,
-            )
-        except LutRangeError as error:
-            raise WeightError(
-                f"{name}: row {chunk.begin + error.row}: {error.value:g} is beyond the range of a "
-                f"{error.lut_dtype} LUT; choose --lut-dtype BF16 or F32"
-            ) from None
+        if self._finished is not None and record in self._finished:
+            solved = finished_rows(self._finished, record, chunk, rows)
+        else:
+            solved = self._fit(chunk, record, rows)
         self.solve_seconds += time.perf_counter() - started
-        packed = pack_rows(solved.indices, record.bits, record.groups, threads=self.threads)
-        self.writer.append(record.index_name, packed)
+        self.writer.append(record.index_name, solved.packed)
         self.writer.append(record.lut_name, solved.lut)
         self._tally.squared_error += solved.squared_error.tolist()
         self._tally.squared_norm += solved.squared_norm.tolist()
@@ -171,6 +174,29 @@ class Worker:
             moments.observe(name, chunk.begin, rows)
         if chunk.last:
             self.results.append(self._tally.result(chunk.step))
+
+    def _fit(
+        self, chunk: Chunk, record: SketchRecord, rows: npt.NDArray[np.float32]
+    ) -> SketchedRows:
+        if self._method is not None:
+            return method_rows(record, rows, self._method, threads=self.threads)
+        if self._factors is not None:
+            from sketchconv.calibration.methods import WITHOUT_DATA
+
+            given = self._factors, self._column_weights
+            return method_rows(record, rows, WITHOUT_DATA, *given, threads=self.threads)
+        weights, exact = self._column_weights, self.job.recipe.exact
+        return fitted_rows(chunk, record, rows, weights, exact=exact, threads=self.threads)
+
+
+def _plain_method(job: Job) -> Method | None:
+    """The named method that fits weights without data, if the job asks for one."""
+    if job.calibration is None:
+        return None
+    from sketchconv.calibration.methods import method_named, needs_statistics
+
+    method = method_named(job.calibration.method)
+    return None if needs_statistics(method) else method
 
 
 def _compile(recipe: Recipe) -> float:
@@ -181,7 +207,7 @@ def _compile(recipe: Recipe) -> float:
 
     started = time.perf_counter()
     rows = np.ones((1, 256), np.float32)
-    weights = np.ones(256) if recipe.weighting == "moments" else None
+    weights = None if recipe.weighting == "equal" else np.ones(256)
     solved = solve_rows(rows, 4, 1, column_weights=weights, exact=recipe.exact)
     pack_rows(solved.indices, 4, 1)
     return time.perf_counter() - started

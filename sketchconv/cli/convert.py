@@ -8,11 +8,13 @@ from typing import Any
 
 import click
 
+from sketchconv.calibration.options import Calibration
 from sketchconv.cli.options import SIZE
 from sketchconv.recipe import Recipe, SketchSpec
 from sketchconv.recipe_file import load_recipe
 
 _DTYPES = click.Choice(["F16", "BF16", "F32"], case_sensitive=False)
+_WEIGHTINGS = click.Choice(["covariances", "moments", "equal"])
 _BITS = click.IntRange(1, 8)
 
 
@@ -29,8 +31,30 @@ _BITS = click.IntRange(1, 8)
 @click.option("--include", multiple=True, metavar="PATTERN", help="Sketch only these weights.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Copy these weights.")
 @click.option("--recipe", "recipe_file", type=click.Path(), help="TOML file with overrides.")
-@click.option("--equal-weights", is_flag=True, help="Weigh all columns alike.")
+@click.option("--weighting", type=_WEIGHTINGS, help="Without a text: see below. [default: moments]")
+@click.option("--equal-weights", is_flag=True, help="The same as --weighting equal.")
 @click.option("--exact", is_flag=True, help="Solve each group to the global optimum (slower).")
+@click.option(
+    "--calibration",
+    "texts",
+    multiple=True,
+    metavar="TEXT",
+    help="Calibrate on a .txt or .jsonl file, 'self' (text that the model writes itself) or a data "
+    "set of the Hub; several give equal shares.",
+)
+@click.option("--tokens", type=click.IntRange(1), help="Calibration tokens. [default: 16384]")
+@click.option("--seq-len", type=click.IntRange(2), help="Tokens per window. [default: 1024]")
+@click.option("--seed", type=click.IntRange(0), help="Of the choice of windows. [default: 0]")
+@click.option(
+    "--method", help="rtn, kmeans, gptq, leanquant or sketch. [default with a text: sketch]"
+)
+@click.option("--device", help="auto, cpu, cuda or cuda:n. [default: auto]")
+@click.option(
+    "--recover",
+    type=click.IntRange(0),
+    metavar="TOKENS",
+    help="Train the LUTs on so many tokens; 0 for none. [default: 16384 at 3 bits and below]",
+)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--threads", type=click.IntRange(1), help="Solver threads. [default: all cores]")
 @click.option("--max-memory", type=SIZE, help="Limit on anonymous memory, e.g. 2GB.")
@@ -44,6 +68,10 @@ def command(src: str, out: str, **options: Any) -> None:
 
     SRC is a Hugging Face folder, a hub id (org/name) or a .gguf file. OUT is a path that ends in
     .sktch (one self-contained file) or a folder to make (Hugging Face layout).
+
+    Without --calibration no text is needed. Where the architecture is known, --weighting moments
+    weighs columns by second moments propagated through the network, and covariances propagates
+    those of whole inputs and compensates errors with them: much better at 3 bits, and slower.
     """
     from sketchconv.cli.render import print_plan, print_report
     from sketchconv.job import prepare
@@ -57,6 +85,7 @@ def command(src: str, out: str, **options: Any) -> None:
         max_memory=options["max_memory"],
         max_shard_size=options["max_shard_size"],
         force=options["force"],
+        calibration=_calibration(options),
     )
     if options["dry_run"]:
         job.source.close()
@@ -64,6 +93,8 @@ def command(src: str, out: str, **options: Any) -> None:
         return
     from sketchconv.cli.progress import show_progress
 
+    if job.calibration is not None:
+        _silence()
     with show_progress(quiet=options["quiet"]) as progress:
         report = run(job, threads=options["threads"], progress=progress)
     try:
@@ -78,6 +109,28 @@ def command(src: str, out: str, **options: Any) -> None:
         raise click.ClickException(text) from error
 
 
+def _silence() -> None:
+    """No bars of transformers' own between ours."""
+    from transformers.utils import logging
+
+    disable: Any = logging.disable_progress_bar
+    disable()
+
+
+def _calibration(options: dict[str, Any]) -> Calibration | None:
+    """The calibration that the options describe; None where none of them is given."""
+    fields = ("tokens", "seq_len", "seed", "device", "recover")
+    given = {field: options[field] for field in fields if options[field] is not None}
+    if options["texts"]:
+        given["text"] = options["texts"]
+    elif given:
+        name = next(iter(given)).replace("_", "-")
+        raise click.UsageError(f"--{name} goes with --calibration TEXT")
+    if options["method"] is not None:
+        given["method"] = options["method"]
+    return Calibration(**given) if given else None
+
+
 def _recipe(options: dict[str, Any]) -> Recipe:
     """Defaults, then the recipe file, then the options of the command line."""
     if options["groups"] is not None and options["group_size"] is not None:
@@ -87,6 +140,8 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     changes: dict[str, Any] = {"default": _spec(recipe.default, options)}
     if options["embed_bits"] is not None:
         changes["embed_bits"] = options["embed_bits"]
+    if options["weighting"] is not None:
+        changes["weighting"] = options["weighting"]
     if options["equal_weights"]:
         changes["weighting"] = "equal"
     if options["exact"]:

@@ -59,7 +59,7 @@ def _bar() -> Iterator[ProgressCallback]:
             nonlocal started
             if event.done == 0:
                 started = time.perf_counter()
-            rate = _rate(event.done, time.perf_counter() - started)
+            rate = _rate(event, time.perf_counter() - started)
             bar.update(
                 task, total=event.total, completed=event.done, description=event.name, rate=rate
             )
@@ -86,12 +86,14 @@ class _Lines:
         left = elapsed * (event.total - event.done) / max(1, event.done)
         eta = _clock(left) if event.done else "-:--:--"
         share = 100 * event.done / max(1, event.total)
-        sys.stderr.write(f"{share:5.1f} %  {_rate(event.done, elapsed)}  ETA {eta}  {event.name}\n")
+        sys.stderr.write(f"{share:5.1f} %  {_rate(event, elapsed)}  ETA {eta}  {event.name}\n")
         sys.stderr.flush()
 
 
-def _rate(done: int, seconds: float) -> str:
-    return f"{done / max(seconds, 1e-9) / 1e6:6.1f} M weights/s"
+def _rate(event: Progress, seconds: float) -> str:
+    if event.action == "recover":
+        return f"step {event.done:4d}/{event.total}"
+    return f"{event.done / max(seconds, 1e-9) / 1e6:6.1f} M weights/s"
 
 
 def _clock(seconds: float) -> str:

@@ -13,8 +13,11 @@ from sketchconv.report import sketched_bits_per_weight, step_json, stored_parame
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from sketchconv.calibration.report import RecoveryReport
     from sketchconv.job import Job
     from sketchconv.report import Report
+
+_SHOWN_NOTES = 8
 
 
 def human_bytes(count: float) -> str:
@@ -102,8 +105,41 @@ def print_report(report: Report) -> None:
         )
     )
     rows.append(("peak memory", f"{human_bytes(report.peak_anonymous)} anonymous"))
+    rows += _calibration_rows(report)
     rows += [("note", note) for note in report.plan.notes]
     print_table("Sketch written", rows)
+
+
+def _calibration_rows(report: Report) -> list[tuple[str, str]]:
+    """What a calibration and a recovery did; the first few of its fallbacks."""
+    calibration = report.calibration
+    if calibration is None:
+        return []
+    text = (
+        f"{calibration.method}, {calibration.tokens:,} tokens, {len(calibration.weights)} weights "
+        f"in {calibration.blocks} blocks, {calibration.seconds:.1f} s "
+        f"({calibration.device}, {calibration.dtype})"
+    )
+    rows = [("calibration", text)]
+    if calibration.recovery is not None:
+        rows.append(("recovery", _recovery_text(calibration.recovery)))
+    notes = calibration.notes
+    rows += [("note", note) for note in notes[:_SHOWN_NOTES]]
+    if len(notes) > _SHOWN_NOTES:
+        rows.append(("note", f"and {len(notes) - _SHOWN_NOTES} more; --json lists them"))
+    return rows
+
+
+def _recovery_text(recovery: RecoveryReport) -> str:
+    if recovery.before is None or recovery.after is None:
+        return recovery.note
+    kept = "kept" if recovery.kept else "not kept"
+    what = "KL" if recovery.measure == "kl" else "error"
+    text = (
+        f"{what} {recovery.before:.4f} to {recovery.after:.4f} on held-out tokens, {kept}; "
+        f"{recovery.tokens:,} tokens, {recovery.seconds:.1f} s"
+    )
+    return f"{text}; {recovery.note}" if recovery.note else text
 
 
 def _reasons(job: Job) -> list[tuple[str, str]]:

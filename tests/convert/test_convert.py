@@ -157,6 +157,31 @@ def test_the_weighting_is_named_and_changes_the_sketch(llama, tmp_path):
     assert equal.relative_error < moments.relative_error
 
 
+def test_covariances_lose_less_of_the_outputs_than_moments(llama, tmp_path):
+    name, out = Q_PROJ, tmp_path / "tiny.sktch"
+    embedding = source_weight(llama, EMBED).astype(np.float64)
+    x = embedding * source_weight(llama, "model.layers.0.input_layernorm.weight")
+    dense, lost = source_weight(llama, name), {}
+    for weighting in ("moments", "covariances"):
+        report = sketchconv.convert(llama, out, Recipe(weighting=weighting), force=True)
+        with SktchModel.open(out) as model:
+            lost[weighting] = np.square(x @ (model.decode(name) - dense).T).sum()
+    assert report.weighting == "propagated covariances"
+    assert lost["covariances"] < 0.9 * lost["moments"]
+
+
+def test_covariances_give_the_same_bytes_on_any_number_of_threads(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("sketchconv.calibration.spans.SPAN", 16)
+    monkeypatch.setattr("sketchconv.covariances.TILE", 16)
+    recipe, out = Recipe(SketchSpec(bits=3), weighting="covariances"), tmp_path / "tiny.sktch"
+    found = set()
+    for threads in (1, 2, 3):
+        monkeypatch.setattr("sketchconv.covariances.available_threads", lambda n=threads: n)
+        sketchconv.convert(llama, out, recipe, threads=threads, force=True)
+        found |= set(digests(out).values())
+    assert len(found) == 1
+
+
 def test_a_nan_in_a_copied_parameter_is_found_whatever_the_weighting(fresh_llama, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -164,7 +189,7 @@ def test_a_nan_in_a_copied_parameter_is_found_whatever_the_weighting(fresh_llama
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
-    for weighting in ("moments", "equal"):
+    for weighting in ("covariances", "moments", "equal"):
         with pytest.raises(WeightError, match=r"model\.norm\.weight: 1 values"):
             sketchconv.convert(fresh_llama, tmp_path / "x.sktch", Recipe(weighting=weighting))
     assert not (tmp_path / "x.sktch").exists()

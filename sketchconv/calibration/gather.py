@@ -1,0 +1,105 @@
+"""Sums over tokens of what a group of linear modules is given: Hessians and differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sketchconv.calibration.statistics import Statistics
+
+
+class Sums:
+    """Running sums for one group of linear modules, float32 on the device of the inputs.
+
+    Args:
+        columns: width of the inputs X.
+        rows: width of the residual stream for modules that write into it, else None.
+    """
+
+    def __init__(self, columns: int, rows: int | None, device: torch.device) -> None:
+        self.tokens, self.held_tokens = 0, 0
+        self._hessian = torch.zeros(columns, columns, device=device)
+        self._held = torch.zeros_like(self._hessian)
+        self._cross = torch.zeros_like(self._hessian)
+        self._residual = None if rows is None else torch.zeros(rows, columns, device=device)
+        self._paired = True
+
+    def add(
+        self,
+        inputs: Tensor,
+        dense: Tensor | None,
+        residual: tuple[Tensor, Tensor] | None,
+        *,
+        held_out: bool,
+    ) -> None:
+        """Take in a batch of tokens.
+
+        Args:
+            inputs: ``[tokens, columns]`` inside the compressed model.
+            dense: the same inside the dense model, or None where tokens do not correspond.
+            residual: the residual stream ``[tokens, rows]``, dense and compressed.
+            held_out: count the tokens in the held-out Hessian only.
+        """
+        if held_out:
+            self.held_tokens += len(inputs)
+            self._held += product(inputs, inputs)
+            return
+        self.tokens += len(inputs)
+        self._hessian += product(inputs, inputs)
+        if dense is None or dense.shape != inputs.shape:
+            self._paired = False
+            return
+        self._cross += product(dense.float() - inputs.float(), inputs)
+        if residual is not None and self._residual is not None:
+            self._residual += product(residual[0].float() - residual[1].float(), inputs)
+
+    def finite(self) -> bool:
+        """Whether no NaN and no infinity came in."""
+        sums = [self._hessian, self._held, self._cross]
+        return all(bool(torch.isfinite(s.sum())) for s in sums)
+
+    def statistics(self, *, residual: bool) -> Statistics:
+        """The means over the tokens; only for `tokens` above 0.
+
+        Args:
+            residual: whether to include that of the residual stream.
+        """
+        n = self.tokens
+        with_residual = residual and self._paired and self._residual is not None
+        return Statistics(
+            hessian=self._hessian / n,
+            tokens=n,
+            held_out=self._held / self.held_tokens if self.held_tokens else None,
+            cross=self._cross / n if self._paired else None,
+            residual=self._residual / n if with_residual and self._residual is not None else None,
+        )
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right`` in float32, ``[a, b]`` from ``[tokens, a]`` and ``[tokens, b]``.
+
+    Where `right` is bfloat16, both factors may be taken in bfloat16 on CPUs that have
+    instructions for it; sums are float32 in any case. Inputs that are bfloat16 lose nothing.
+    """
+    a = left.t().float().contiguous()
+    b = right.t().float().contiguous()
+    with _bf16_factors(right):
+        return torch.nn.functional.linear(a, b)
+
+
+@contextmanager
+def _bf16_factors(tensor: Tensor) -> Iterator[None]:
+    """Allow products of bfloat16 values to use bfloat16 instructions; 2.5 times the speed."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if tensor.device.type != "cpu" or tensor.dtype != torch.bfloat16 or settings is None:
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

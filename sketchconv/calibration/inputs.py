@@ -1,0 +1,134 @@
+"""The token ids that a calibration runs on, from all its texts."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sketchconv.calibration.options import SELF, Calibration
+from sketchconv.calibration.windows import check_vocabulary, text_windows
+from sketchconv.errors import CalibrationError
+
+# The recovery measures itself on one window in eight.
+_WITH_HELD_OUT = 8 / 7
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sketchconv.calibration.weights import Weights
+    from sketchconv.sources.base import Source
+
+
+def make_windows(options: Calibration, weights: Weights, recover: int) -> Tensor:
+    """Windows of every text in turn, so that the first of them hold equal shares.
+
+    Args:
+        options: texts, tokens and seed.
+        weights: of the model, for its vocabulary and for text that it writes itself.
+        recover: tokens that the recovery trains on. It gets windows of its own: those that were
+            gathered from already fit the sketch far better than any other text. Windows beyond what
+            the texts hold are let go.
+
+    Returns:
+        int64 ``[windows, seq]``: `options.windows` to gather from, then any others.
+
+    Raises:
+        CalibrationError: a text is too short, or does not fit the model.
+    """
+    if not options.texts:
+        raise CalibrationError(
+            f"method {options.method} needs a text: --calibration FILE.txt, FILE.jsonl or self"
+        )
+    _check_positions(options.seq_len, weights)
+    tokenizer = load_tokenizer(weights.source)
+    count = len(options.texts)
+    needed = -(-options.windows // count)
+    fresh = math.ceil(recover * _WITH_HELD_OUT / options.seq_len)
+    wanted = needed + math.ceil(fresh / count)
+    shares = [_windows(text, options, weights, tokenizer, needed, wanted) for text in options.texts]
+    order = [share[i] for i in range(wanted) for share in shares if i < len(share)]
+    return torch.stack(order)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer among a source's files.
+
+    Raises:
+        CalibrationError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="sketchconv-") as name:
+        for path, data in source.files().items():
+            target = Path(name) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        try:
+            return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        except Exception as error:
+            # Tokenizer files are a checkpoint's own, and fail in many ways.
+            reason = " ".join(str(error).replace(name, source.id).split())[:200]
+            raise CalibrationError(
+                f"{source.id}: its tokenizer cannot be opened ({reason}); calibration needs one"
+            ) from None
+
+
+def _windows(
+    text: str,
+    options: Calibration,
+    weights: Weights,
+    tokenizer: PreTrainedTokenizerBase,
+    needed: int,
+    wanted: int,
+) -> Tensor:
+    rows = _vocabulary(weights)
+    if text == SELF:
+        written = _self_written(options, weights, tokenizer, wanted)
+        check_vocabulary(written, rows, text)
+        return written
+    return text_windows(
+        text,
+        tokenizer,
+        (needed, wanted),
+        options.seq_len,
+        seed=options.seed,
+        vocabulary=rows,
+    )
+
+
+def _vocabulary(weights: Weights) -> int:
+    """Rows of the model's embedding."""
+    weight = weights.model.get_input_embeddings().weight
+    if not isinstance(weight, Tensor):
+        raise CalibrationError("the model has no embedding of token ids, so it reads no text")
+    return weight.shape[0]
+
+
+def _self_written(
+    options: Calibration, weights: Weights, tokenizer: PreTrainedTokenizerBase, windows: int
+) -> Tensor:
+    """Text of the dense model, which is in memory as a whole for as long as that takes."""
+    from sketchconv.calibration.self_written import self_written
+
+    weights.fill("")
+    try:
+        return self_written(
+            weights.model, tokenizer, windows * options.seq_len, options.seq_len, options.seed
+        )
+    finally:
+        weights.empty("")
+
+
+def _check_positions(seq_len: int, weights: Weights) -> None:
+    config = weights.model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if isinstance(most, int) and seq_len > most:
+        raise CalibrationError(
+            f"windows of {seq_len} tokens, but the model has positions for {most}; "
+            f"take --seq-len {most} or less"
+        )

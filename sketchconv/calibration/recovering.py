@@ -1,0 +1,117 @@
+"""Recover a calibrated sketch before it is written: LUTs trained against the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sketchconv.calibration.devices import find_device
+from sketchconv.calibration.report import RecoveryReport
+from sketchconv.calibration.state import save_tensors
+from sketchconv.calibration.teacher import Teacher
+from sketchconv.sources.base import Source
+
+if TYPE_CHECKING:
+    from sketchconv.calibration.run import Calibrated
+    from sketchconv.job import Job
+
+RECOVERED = "recovered.safetensors"
+
+
+def recover_draft(
+    job: Job,
+    calibrated: Calibrated,
+    draft: Path,
+    tokens: int,
+    tick: Callable[[str, int, int], None] | None = None,
+) -> RecoveryReport:
+    """Train the LUTs of a draft of the sketch, and keep them beside it if they are better.
+
+    Args:
+        job: the conversion.
+        calibrated: its calibration; the dense model's last hidden states are in its folder.
+        draft: a complete sketch.
+        tokens: to train on.
+        tick: called after each step.
+    """
+    from sketchconv.recovery.train import RecoveryError, RecoveryOptions, recover
+    from sketchconv.runtime.load import load
+
+    teacher = Teacher(calibrated.state.folder, calibrated.windows)
+    if not teacher.done:
+        return _not_run("the dense model's last hidden states are not known")
+    device = find_device(job.calibration.device if job.calibration else "auto")
+    student = load(draft).to(device)  # type: ignore[arg-type]
+
+    def progress(event: Any) -> None:
+        if tick is not None:
+            tick(f"recovery: loss {event.loss:.4f}", event.step, event.steps)
+
+    options = RecoveryOptions(tokens=tokens)
+    if tick is not None:
+        tick("recovery: measuring first", 0, 1)
+    try:
+        result = recover(
+            student,
+            calibrated.windows,
+            teacher.hidden(),
+            _dense_head(job.source, student),
+            options,
+            progress,
+        )
+    except RecoveryError as error:
+        return _not_run(str(error))
+    if result.kept:
+        path = calibrated.state.folder / RECOVERED
+        save_tensors(path, _sketches(student, job.source), {})
+    return RecoveryReport(
+        result.measure,
+        result.kl_before,
+        result.kl_after,
+        result.kept,
+        result.tokens,
+        result.seconds,
+        result.note,
+    )
+
+
+def _not_run(note: str) -> RecoveryReport:
+    return RecoveryReport("kl", None, None, False, 0, 0.0, f"not run: {note}")
+
+
+def _sketches(student: Any, source: Source) -> dict[str, Tensor]:
+    """Packed indices and LUTs of every sketch, under their stored names."""
+    from sketchconv.architecture import open_skeleton
+    from sketchconv.formats.rules import INDEX_SUFFIX, LUT_SUFFIX, WEIGHT_SUFFIX
+
+    mapping = open_skeleton(source.config(), source.infos)[1]
+    stems = {
+        name.removesuffix(WEIGHT_SUFFIX): stored.removesuffix(WEIGHT_SUFFIX)
+        for stored, name in mapping.modules.items()
+    }
+    found = {}
+    for name, tensor in student.state_dict().items():
+        for suffix in (INDEX_SUFFIX, LUT_SUFFIX):
+            path = name.removesuffix(suffix)
+            if path != name and path in stems:
+                found[stems[path] + suffix] = tensor.detach().cpu().contiguous()
+    return found
+
+
+def _dense_head(source: Source, student: Any) -> Tensor | None:
+    """The dense head ``[vocabulary, width]`` where the student's own is sketched."""
+    output = student.get_output_embeddings()
+    if output is None or isinstance(getattr(output, "weight", None), torch.nn.Parameter):
+        return None
+    rows = (output.rows, output.columns)
+    for name in ("lm_head.weight", *source.infos):
+        info = source.infos.get(name)
+        if info is not None and info.shape == rows:
+            raw = source.rows(name, 0, rows[0])
+            return torch.from_numpy(np.array(source.float32(name, raw))).to(torch.bfloat16)
+    return None

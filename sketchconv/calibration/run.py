@@ -1,0 +1,238 @@
+"""The calibration run: every block of a model in turn, with a state that a later run takes up."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sketchconv.calibration.options import Calibration
+from sketchconv.calibration.report import CalibrationReport
+from sketchconv.memory import anonymous_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sketchconv.calibration.block import BlockWork
+    from sketchconv.calibration.setting import Setting
+    from sketchconv.calibration.state import BlockResult, CalibrationState, FinishedWeights
+    from sketchconv.calibration.streams import Streams
+    from sketchconv.job import Job
+
+__all__ = ["Calibrated", "Calibration", "calibrate", "torch_threads"]
+
+# (what is at work, weights done, weights in all)
+Tick = Callable[[str, int, int], None]
+# Hidden states beyond this go to disk where no limit is given.
+_HIDDEN_IN_MEMORY = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What a calibration leaves for the writer, and for the recovery.
+
+    Attributes:
+        state: the folder, to be removed when the output exists.
+        report: for the user.
+        windows: int64 ``[n, seq]``, the token ids to recover on.
+    """
+
+    state: CalibrationState
+    report: CalibrationReport
+    windows: Tensor
+
+    def weights(self) -> FinishedWeights:
+        """The finished weights, recovered LUTs included."""
+        from sketchconv.calibration.state import FinishedWeights
+
+        blocks = sorted(self.state.folder.glob("block-*.safetensors"))
+        return FinishedWeights([*blocks, *self.state.folder.glob("recovered.safetensors")])
+
+
+def calibrate(
+    job: Job, *, recover: int, threads: int | None = None, tick: Tick | None = None
+) -> Calibrated:
+    """Sketch the weights of all blocks by a calibrated method, into a state folder.
+
+    A run that was broken off goes on where it stopped.
+
+    Args:
+        job: with a calibration.
+        recover: tokens whose final hidden states in the dense model are kept.
+        threads: of torch and of the solver; the same number gives the same bytes.
+        tick: called after each stage of a block.
+
+    Raises:
+        CalibrationError: the text, the model, the device or an older state do not fit.
+        WeightError: a weight cannot be sketched.
+    """
+    import torch
+
+    from sketchconv.calibration.needs import check_memory
+    from sketchconv.calibration.setting import fingerprint, make_setting
+    from sketchconv.calibration.state import CalibrationState
+
+    started = time.perf_counter()
+    if job.calibration is None:
+        raise TypeError("the job has no calibration")
+    with torch.no_grad(), torch_threads(threads):
+        setting = make_setting(job, job.calibration, recover)
+        check_memory(setting, job.max_memory)
+        state = CalibrationState(job.output, fingerprint(job, setting))
+        run = _Run(job, setting, state, threads, tick)
+        try:
+            run.blocks()
+            if recover:
+                run.keep_final()
+        finally:
+            run.close()
+    report = run.report(time.perf_counter() - started)
+    return Calibrated(state, report, setting.windows[setting.recovered :])
+
+
+class _Run:
+    """One calibration at work."""
+
+    def __init__(
+        self,
+        job: Job,
+        setting: Setting,
+        state: CalibrationState,
+        threads: int | None,
+        tick: Tick | None,
+    ) -> None:
+        self.job, self.setting, self.state, self.threads = job, setting, state, threads
+        self.results: list[BlockResult] = []
+        self._streams: Streams | None = None
+        self._tick, self._done, self._peak = tick, 0, 0
+
+    def blocks(self) -> None:
+        """All blocks; those that an earlier run finished are only run through."""
+        count = len(self.setting.targets)
+        if all(self.state.done(index) for index in range(count)):
+            # Nothing depends on the hidden states any more.
+            self.results = [self.state.result(index) for index in range(count)]
+            return
+        for index in range(count):
+            self._block(index)
+
+    def keep_final(self) -> None:
+        """Keep what goes into the dense model's head, for the recovery."""
+        from sketchconv.calibration.streams import final_hidden
+        from sketchconv.calibration.teacher import Teacher
+
+        first = self.setting.recovered
+        teacher = Teacher(self.state.folder, self.setting.windows[first:])
+        if teacher.done:
+            return
+        if self._streams is None:
+            for index in range(len(self.setting.targets)):
+                self._block(index)
+        self._say("the dense model's last hidden states", 0)
+        for begin, hidden in final_hidden(self._opened(), first):
+            teacher.write(begin - first, hidden)
+        teacher.finish()
+
+    def close(self) -> None:
+        """Forget the hidden states."""
+        if self._streams is not None:
+            self._streams.close()
+
+    def report(self, seconds: float) -> CalibrationReport:
+        """What was done."""
+        setting = self.setting
+        skipped = {k: v for block in self.results for k, v in block.skipped.items()}
+        inside = {record.name for block in setting.targets for record in block.values()}
+        for step in self.job.plan.steps:
+            if step.record is not None and step.role == "linear" and step.name not in inside:
+                skipped[step.name] = "outside the blocks"
+        return CalibrationReport(
+            method=setting.method.name,
+            tokens=setting.tokens,
+            device=str(setting.weights.device),
+            dtype=str(setting.weights.dtype).removeprefix("torch."),
+            blocks=len(setting.targets),
+            seconds=seconds,
+            weights=tuple(weight for block in self.results for weight in block.weights),
+            skipped=skipped,
+            peak_anonymous=self._peak,
+        )
+
+    def _opened(self) -> Streams:
+        """The hidden states; made when they are first needed."""
+        from sketchconv.calibration.streams import Streams
+
+        if self._streams is None:
+            self._say("embedding the text", 0)
+            limit = self.job.max_memory
+            room = _HIDDEN_IN_MEMORY if limit is None else limit // 4
+            self._streams = Streams(self.setting, self.state.folder, room)
+        return self._streams
+
+    def _block(self, index: int) -> None:
+        from sketchconv.calibration.block import BlockWork
+
+        streams, weights = self._opened(), self.setting.weights
+        name = f"{self.setting.path}.{index}"
+        digest = weights.fill(name)
+        dense = weights.model.get_submodule(name)
+        work = BlockWork(index, name, dense, copy.deepcopy(dense), self.setting.targets[index])
+        if self.state.done(index):
+            self._replay(work, digest)
+        else:
+            self._calibrate(work, digest)
+        if len(self.results) <= index:
+            self.results.append(self.state.result(index))
+        streams.advance(index, name, dense, work.compressed)
+        weights.empty(name)
+
+    def _calibrate(self, work: BlockWork, digest: str) -> None:
+        from sketchconv.calibration.block import calibrate_block
+        from sketchconv.calibration.state import BlockResult
+
+        where = f"block {work.index + 1}/{len(self.setting.targets)}"
+        stages = calibrate_block(
+            work, self._opened(), self.setting.weights, self.setting.method, self.threads
+        )
+        for paths in stages:
+            records = [work.targets[path] for path in paths]
+            self._say(f"{where}: {paths[-1]}", sum(r.shape[0] * r.shape[1] for r in records))
+        result = BlockResult(digest, tuple(work.results), work.skipped)
+        self.state.save(work.index, work.tensors, result)
+
+    def _replay(self, work: BlockWork, digest: str) -> None:
+        """Put the weights of a finished block in place."""
+        from sketchconv.calibration.block import put_finished
+        from sketchconv.errors import CalibrationError
+
+        if self.state.result(work.index).digest != digest:
+            raise CalibrationError(
+                f"{self.state.folder}: block {work.index} was made from other weights than the "
+                "source has now; delete the folder to start anew"
+            )
+        put_finished(work, self.state)
+        done = sum(r.shape[0] * r.shape[1] for r in work.targets.values())
+        self._say(f"block {work.index + 1}/{len(self.setting.targets)}: done before", done)
+
+    def _say(self, text: str, weights: int) -> None:
+        self._done += weights
+        self._peak = max(self._peak, anonymous_bytes())
+        if self._tick is not None:
+            self._tick(text, min(self._done, self.setting.parameters), self.setting.parameters)
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with so many threads for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

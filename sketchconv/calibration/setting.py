@@ -1,0 +1,112 @@
+"""What a calibration works on: the skeleton, its blocks, the weights to sketch, the text."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sketchconv.architecture import open_skeleton
+from sketchconv.calibration.blocks import find_blocks
+from sketchconv.calibration.devices import compute_dtype, find_device
+from sketchconv.calibration.inputs import make_windows
+from sketchconv.calibration.methods import Method, method_named
+from sketchconv.calibration.weights import Weights
+
+if TYPE_CHECKING:
+    from sketchconv.calibration.options import Calibration
+    from sketchconv.formats.manifest import SketchRecord
+    from sketchconv.job import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Everything that is decided before the first block.
+
+    Attributes:
+        weights: the skeleton, and what fills it.
+        path: of the skeleton's list of blocks.
+        targets: for each block, path in the block -> record of a linear module to be sketched.
+        windows: int64 ``[windows, seq]`` token ids.
+        gathered: how many windows, from the first, statistics are gathered from.
+        method: of the solver.
+    """
+
+    weights: Weights
+    path: str
+    targets: tuple[dict[str, SketchRecord], ...]
+    windows: Tensor
+    gathered: int
+    method: Method
+
+    @property
+    def recovered(self) -> int:
+        """First of the windows that the recovery uses: those not gathered from, if there are any.
+
+        It needs two at least: one to train on, one to measure.
+        """
+        return self.gathered if len(self.windows) - self.gathered >= 2 else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that statistics are gathered from."""
+        return self.gathered * self.windows.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all targets."""
+        records = (record for block in self.targets for record in block.values())
+        return sum(record.shape[0] * record.shape[1] for record in records)
+
+
+def make_setting(job: Job, options: Calibration, recover: int) -> Setting:
+    """Open everything, and refuse what does not fit.
+
+    Raises:
+        CalibrationError: the device, the model or the text.
+        RecipeError: no such method.
+    """
+    method = method_named(options.method)
+    device = find_device(options.device)
+    model, mapping = open_skeleton(job.source.config(), job.source.infos)
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False
+    path = find_blocks(model)
+    weights = Weights(model, mapping, job.source, compute_dtype(job.source, device), device)
+    targets = _find_targets(job, model.get_submodule(path), path, mapping.modules)
+    windows = make_windows(options, weights, recover)
+    return Setting(weights, path, targets, windows, min(options.windows, len(windows)), method)
+
+
+def fingerprint(job: Job, setting: Setting) -> dict[str, Any]:
+    """Everything that decides the result, as plain JSON values; weights by name and shape."""
+    source, windows = job.source, setting.windows
+    records = [step.record for step in job.plan.steps if step.record is not None]
+    text = hashlib.sha256(windows[: setting.gathered].numpy().tobytes())
+    return {
+        "source": [source.id, source.revision, source.format, source.nbytes],
+        "tensors": [[i.name, i.dtype, list(i.shape)] for i in source.infos.values()],
+        "config": source.config(),
+        "sketches": [[r.name, *r.shape, r.bits, r.groups, r.lut_dtype] for r in records],
+        "method": repr(setting.method),
+        "text": text.hexdigest(),
+        "seq_len": windows.shape[1],
+        "compute": [setting.weights.device.type, str(setting.weights.dtype)],
+    }
+
+
+def _find_targets(
+    job: Job, blocks: nn.Module, path: str, modules: Any
+) -> tuple[dict[str, SketchRecord], ...]:
+    records = {step.name: step.record for step in job.plan.steps if step.record is not None}
+    found: list[dict[str, SketchRecord]] = [{} for _ in blocks.children()]
+    for stored, name in modules.items():
+        if stored not in records or not name.startswith(f"{path}."):
+            continue
+        index, _, inside = name.removeprefix(f"{path}.").partition(".")
+        module = inside.removesuffix(".weight")
+        if isinstance(blocks.get_submodule(index).get_submodule(module), nn.Linear):
+            found[int(index)][module] = records[stored]
+    return tuple(found)

@@ -1,0 +1,184 @@
+"""The state of a calibration on disk: one file per finished block, so that a run can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sketchconv.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sketchconv.formats.manifest import SketchRecord
+
+SUFFIX = ".calibration"
+_FINGERPRINT = "calibration.json"
+_RESULTS = "results"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightResult:
+    """What is known of one calibrated weight.
+
+    Args:
+        name: of the weight.
+        error: its relative output error on held-out tokens, where the method has one.
+        damping: that was used, where the method has one.
+        notes: fallbacks, in words.
+    """
+
+    name: str
+    error: float | None
+    damping: float | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockResult:
+    """What is known of one finished block.
+
+    Args:
+        digest: SHA-256 of the dense weights that it was made from.
+        weights: one entry per calibrated weight.
+        skipped: weight -> why it is left to the calibration-free path.
+    """
+
+    digest: str
+    weights: tuple[WeightResult, ...]
+    skipped: Mapping[str, str]
+
+
+class CalibrationState:
+    """A folder beside the output.
+
+    It is made when the first block is done, and removed when the output is written.
+
+    Args:
+        output: the sketch that is being made.
+        fingerprint: everything that decides the result, as plain JSON values.
+
+    Raises:
+        CalibrationError: the folder holds the state of another calibration.
+    """
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.folder = output.with_name(output.name + SUFFIX)
+        self._fingerprint = json.loads(json.dumps(fingerprint))
+        file = self.folder / _FINGERPRINT
+        if file.exists():
+            self._compare(file)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise CalibrationError(
+                f"{self.folder}: in the way of this calibration's state; move or delete it"
+            )
+        self.folder.mkdir(exist_ok=True)
+        _write(file, json.dumps(self._fingerprint, indent=1).encode())
+
+    def _compare(self, file: Path) -> None:
+        try:
+            old = json.loads(file.read_bytes())
+        except ValueError:
+            old = {}
+        keys = self._fingerprint.keys() | (old.keys() if isinstance(old, dict) else set())
+        other = [key for key in sorted(keys) if old.get(key) != self._fingerprint.get(key)]
+        if other:
+            raise CalibrationError(
+                f"{self.folder}: the state of another calibration (different: {', '.join(other)});"
+                " delete it to start anew, or repeat that calibration to finish it"
+            )
+
+    def file(self, block: int) -> Path:
+        """Where a block's weights are kept."""
+        return self.folder / f"block-{block:05d}.safetensors"
+
+    def done(self, block: int) -> bool:
+        """Whether a block is finished."""
+        return self.file(block).exists()
+
+    def save(self, block: int, tensors: Mapping[str, Tensor], result: BlockResult) -> None:
+        """Keep a finished block: all of it, or nothing."""
+        save_tensors(self.file(block), tensors, {_RESULTS: json.dumps(asdict(result))})
+
+    def result(self, block: int) -> BlockResult:
+        """What was kept of a finished block besides its weights."""
+        from safetensors import safe_open
+
+        with safe_open(self.file(block), "pt") as file:
+            values = json.loads(file.metadata()[_RESULTS])
+        weights = tuple(
+            WeightResult(w["name"], w["error"], w["damping"], tuple(w["notes"]))
+            for w in values["weights"]
+        )
+        return BlockResult(values["digest"], weights, values["skipped"])
+
+    def tensors(self, block: int, names: Iterable[str]) -> list[Tensor]:
+        """Tensors of a finished block."""
+        from safetensors import safe_open
+
+        with safe_open(self.file(block), "pt") as file:
+            return [file.get_tensor(name) for name in names]
+
+    def remove(self) -> None:
+        """Forget everything: the output exists."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class FinishedWeights:
+    """Weights that are already sketched, in safetensors files; later files win.
+
+    Args:
+        files: each holds packed indices and LUTs under their stored names.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        from safetensors import safe_open
+
+        self._files: dict[str, Path] = {}
+        for path in files:
+            with safe_open(path, "pt") as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
+
+    def __contains__(self, record: object) -> bool:
+        return getattr(record, "index_name", None) in self._files
+
+    def rows(self, record: SketchRecord, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Rows [begin, end) of a weight: uint8 ``[rows, G, bytes]``, LUTs ``[rows, G, 2**b]``."""
+        index, lut = (self._slice(n, begin, end) for n in (record.index_name, record.lut_name))
+        return index, lut
+
+    def _slice(self, name: str, begin: int, end: int) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], "pt") as file:
+            rows: Tensor = file.get_slice(name)[begin:end]
+            return rows.contiguous()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: all of it, or nothing."""
+    from safetensors.torch import save_file
+
+    unfinished = path.with_suffix(".unfinished")
+    save_file(dict(tensors), unfinished, metadata=dict(metadata))
+    _replace(unfinished, path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(data)
+    _replace(unfinished, path)
+
+
+def _replace(unfinished: Path, path: Path) -> None:
+    descriptor = os.open(unfinished, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    unfinished.replace(path)

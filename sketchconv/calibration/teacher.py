@@ -1,0 +1,60 @@
+"""The dense model's last hidden states, kept on disk for the recovery."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_DTYPE = torch.bfloat16
+
+
+class Teacher:
+    """A file of bf16 ``[windows, seq, hidden]``: what goes into the dense model's head.
+
+    Args:
+        folder: where the file lies.
+        windows: int64 ``[windows, seq]``, the token ids that the states belong to.
+    """
+
+    def __init__(self, folder: Path, windows: Tensor) -> None:
+        self._file, self._mark = folder / "teacher.hidden", folder / "teacher.json"
+        self._windows = tuple(windows.shape)
+        self._digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        self._values: Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the file is complete and belongs to these windows."""
+        if not self._mark.exists():
+            return False
+        mark = json.loads(self._mark.read_bytes())
+        return bool(mark.get("windows") == self._digest and self._file.exists())
+
+    def write(self, begin: int, hidden: Tensor) -> None:
+        """Keep the states ``[n, seq, hidden]`` of windows from `begin` on."""
+        if self._values is None:
+            self._mark.unlink(missing_ok=True)
+            self._values = self._open(hidden.shape[-1])
+        self._values[begin : begin + len(hidden)] = hidden.to("cpu", _DTYPE)
+
+    def finish(self) -> None:
+        """Mark the file as complete."""
+        if self._values is not None:
+            width = self._values.shape[-1]
+            self._values = None
+            self._mark.write_text(json.dumps({"windows": self._digest, "width": width}))
+
+    def hidden(self) -> Tensor:
+        """All states, mapped from the file."""
+        return self._open(int(json.loads(self._mark.read_bytes())["width"]))
+
+    def _open(self, width: int) -> Tensor:
+        count, length = self._windows
+        flat = torch.from_file(
+            str(self._file), shared=True, size=count * length * width, dtype=_DTYPE
+        )
+        return flat.view(count, length, width)

@@ -1,0 +1,120 @@
+"""Calibration texts: plain files, JSON lines, data sets of the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sketchconv.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Characters that are read of a data set per token that is wanted; a token has about four.
+_CHARACTERS_PER_TOKEN = 16
+
+
+def read_documents(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[str]:
+    """The documents of one text, in its order.
+
+    Args:
+        text: a ``.jsonl`` file with a `text` or a `messages` field on every line, any other file
+            (one document, UTF-8), or a data set's id on the Hub.
+        tokenizer: renders `messages` with its chat template.
+        tokens: how many are wanted; only a data set is cut by it.
+
+    Raises:
+        CalibrationError: no such text, not UTF-8, a line without text, no chat template.
+    """
+    check_text(text)
+    path = Path(text).expanduser()
+    if not path.is_file():
+        return _data_set(text, tokenizer, tokens)
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return _json_lines(path, tokenizer)
+    return iter((_decoded(path),))
+
+
+def check_text(text: str) -> None:
+    """Refuse what is neither a file nor the id of a data set; nothing is read.
+
+    Raises:
+        CalibrationError: no such file.
+    """
+    path = Path(text).expanduser()
+    suffixes = (".txt", ".jsonl", ".ndjson", ".md")
+    if not path.is_file() and (path.suffix.lower() in suffixes or text.count("/") != 1):
+        raise CalibrationError(f"calibration text {text}: no such file")
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"calibration text {path}: byte {error.start} is not UTF-8; save the text as UTF-8"
+        ) from None
+
+
+def _json_lines(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    for number, line in enumerate(_decoded(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"calibration text {path}: line {number}"
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"{where}: not JSON ({error})") from None
+        yield _document(value, where, tokenizer)
+
+
+def _document(value: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of one record."""
+    if isinstance(value, dict) and isinstance(value.get("text"), str):
+        return str(value["text"])
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(messages, list):
+        raise CalibrationError(f"{where}: expected an object with a text or a messages field")
+    if not tokenizer.chat_template:
+        raise CalibrationError(f"{where}: messages, but the model's tokenizer has no chat template")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:
+        # A chat template is a program of the checkpoint and may raise anything.
+        reason = " ".join(str(error).split())[:200]
+        raise CalibrationError(f"{where}: the chat template refused it ({reason})") from None
+
+
+def _data_set(name: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[str]:
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise CalibrationError(
+            f"calibration text {name}: no such file; to read it as a data set of the Hub: "
+            "pip install datasets"
+        ) from None
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+        yield from _until(rows, name, tokenizer, tokens * _CHARACTERS_PER_TOKEN)
+    except CalibrationError:
+        raise
+    except Exception as error:
+        # The package raises errors of many kinds: network, unknown names, formats.
+        reason = " ".join(str(error).split())[:200]
+        raise CalibrationError(
+            f"calibration text {name}: no such file, and the Hub's data set cannot be read "
+            f"({reason})"
+        ) from None
+
+
+def _until(
+    rows: Any, name: str, tokenizer: PreTrainedTokenizerBase, characters: int
+) -> Iterator[str]:
+    for number, row in enumerate(rows):
+        document = _document(row, f"calibration text {name}: row {number}", tokenizer)
+        yield document
+        characters -= len(document)
+        if characters < 0:
+            return

@@ -1,0 +1,125 @@
+"""Windows of token ids, cut from calibration texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from sketchconv.calibration.texts import read_documents
+from sketchconv.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+_PROBE = "a"
+
+
+def text_windows(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    count: tuple[int, int],
+    seq_len: int,
+    *,
+    seed: int,
+    vocabulary: int,
+) -> Tensor:
+    """Windows of a text.
+
+    The text is cut into windows from its start, and some are drawn without replacement.
+    Every window has the special tokens that the tokenizer puts around a text, such as BOS or CLS
+    and SEP.
+
+    Args:
+        text: see `read_documents`.
+        tokenizer: the model's.
+        count: how many windows at least, and at most, as far as the text goes.
+        seq_len: tokens per window, special tokens included.
+        seed: decides which windows are drawn.
+        vocabulary: rows of the model's embedding.
+
+    Returns:
+        int64 ``[windows, seq_len]``.
+
+    Raises:
+        CalibrationError: too short a text, or a token that the model does not have.
+    """
+    before, after = special_tokens(tokenizer)
+    inner = seq_len - len(before) - len(after)
+    if inner < 1:
+        raise CalibrationError(
+            f"windows of {seq_len} tokens have no room beside {len(before) + len(after)} special "
+            "tokens; choose a larger --seq-len"
+        )
+    documents = read_documents(text, tokenizer, count[1] * seq_len)
+    tokens = _token_ids(documents, tokenizer)
+    windows = _draw(tokens, text, count, inner, seed)
+    check_vocabulary(windows, vocabulary, text)
+    return _framed(windows, before, after)
+
+
+def check_vocabulary(windows: Tensor, vocabulary: int, text: str) -> None:
+    """Refuse token ids beyond the model's embedding.
+
+    Raises:
+        CalibrationError: names the largest id.
+    """
+    largest = int(windows.max())
+    if largest >= vocabulary:
+        raise CalibrationError(
+            f"calibration text {text}: token {largest}, but the model has an embedding of "
+            f"{vocabulary} rows; its tokenizer belongs to another model"
+        )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    bare = _ids(tokenizer, _PROBE, special=False)
+    framed = _ids(tokenizer, _PROBE, special=True)
+    for begin in range(len(framed) - len(bare) + 1):
+        if framed[begin : begin + len(bare)] == bare:
+            return framed[:begin], framed[begin + len(bare) :]
+    return [], []
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    # `verbose=False`: texts longer than a model's context are what we want here.
+    encoded = tokenizer(text, add_special_tokens=special, verbose=False)
+    return [int(token) for token in encoded["input_ids"]]
+
+
+def _token_ids(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All documents' tokens, with the end-of-text token between documents."""
+    tokens: list[int] = []
+    for document in documents:
+        if tokens and tokenizer.eos_token_id is not None:
+            tokens.append(int(tokenizer.eos_token_id))
+        tokens += _ids(tokenizer, document, special=False)
+    return tokens
+
+
+def _draw(tokens: list[int], text: str, count: tuple[int, int], length: int, seed: int) -> Tensor:
+    import torch
+
+    available = len(tokens) // length
+    if available < 1:
+        raise CalibrationError(
+            f"calibration text {text}: {len(tokens)} tokens, less than one window of {length}; "
+            "take a longer text or a smaller --seq-len"
+        )
+    if available < count[0]:
+        raise CalibrationError(
+            f"calibration text {text}: {available} windows of {length} tokens, but {count[0]} are "
+            f"needed; take a longer text, or --tokens {available * length}"
+        )
+    cut = torch.tensor(tokens[: available * length], dtype=torch.int64).view(available, length)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return cut[order[: count[1]]]
+
+
+def _framed(windows: Tensor, before: list[int], after: list[int]) -> Tensor:
+    import torch
+
+    rows = len(windows)
+    parts = [torch.tensor(side, dtype=torch.int64).expand(rows, -1) for side in (before, after)]
+    return torch.cat((parts[0], windows, parts[1]), dim=1)

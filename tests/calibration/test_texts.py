@@ -1,0 +1,112 @@
+"""Calibration texts: files, JSON lines, windows of them, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from sketchconv.calibration.texts import read_documents
+from sketchconv.calibration.windows import special_tokens, text_windows
+from sketchconv.errors import CalibrationError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(llama)
+
+
+def windows(text, tokenizer, count=4, length=32, *, seed=0, vocabulary=260):
+    counts = count if isinstance(count, tuple) else (count, count)
+    return text_windows(str(text), tokenizer, counts, length, seed=seed, vocabulary=vocabulary)
+
+
+def test_json_lines_give_texts_and_rendered_chats(lines, tokenizer):
+    assert list(read_documents(str(lines), tokenizer, 10)) == ["one two", "user: three\n"]
+
+
+def test_documents_are_joined_by_the_end_of_text_token(lines, tokenizer):
+    tokens = windows(lines, tokenizer, 1, 19)[0].tolist()
+    assert tokenizer.decode(tokens) == "one two<eos>user: three"
+    assert tokens.count(tokenizer.eos_token_id) == 1
+
+
+def test_windows_are_pieces_of_the_text_drawn_by_the_seed(text, tokenizer):
+    whole = tokenizer(text.read_text())["input_ids"]
+    pieces = {tuple(whole[i : i + 32]) for i in range(0, len(whole), 32)}
+    first = windows(text, tokenizer)
+    assert first.shape == (4, 32)
+    assert first.dtype == torch.int64
+    assert all(tuple(row) in pieces for row in first.tolist())
+    assert torch.equal(first, windows(text, tokenizer))
+    assert not torch.equal(first, windows(text, tokenizer, seed=1))
+    more = windows(text, tokenizer, (4, 8))
+    assert torch.equal(more[:4], first)
+    assert len(windows(text, tokenizer, (4, 10_000))) == len(whole) // 32
+
+
+def test_special_tokens_frame_every_window(text, byte_tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    fast = byte_tokenizer()
+    fast._tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A <eos>", special_tokens=[("<eos>", 256)]
+    )
+    assert special_tokens(fast) == ([256], [256])
+    rows = windows(text, fast)
+    assert (rows[:, 0] == 256).all()
+    assert (rows[:, -1] == 256).all()
+    assert (rows[:, 1:-1] != 256).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9", "byte 3 is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{oops}\n', "line 2: not JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', "line 1: expected an object with a text or a messages"),
+        ("a.jsonl", b'["x"]\n', "line 1: expected an object"),
+        ("a.jsonl", b'{"messages": [1]}\n', "line 1: the chat template refused it"),
+        ("a.txt", b"short", "5 tokens, less than one window of 32"),
+        ("a.txt", b"long enough for one window, but not for four of them", "1 windows of 32"),
+        ("a.txt", b"", "0 tokens"),
+    ],
+)
+def test_bad_texts_are_refused_with_the_place(tmp_path, tokenizer, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=message) as caught:
+        windows(path, tokenizer)
+    assert name in str(caught.value)
+
+
+def test_a_missing_file_is_not_taken_for_a_data_set(tokenizer):
+    with pytest.raises(CalibrationError, match="no such file"):
+        windows("nowhere/text.txt", tokenizer)
+
+
+def test_a_data_set_needs_its_package(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CalibrationError, match="pip install datasets"):
+        windows("someone/something", tokenizer)
+
+
+def test_messages_need_a_chat_template(lines, byte_tokenizer):
+    with pytest.raises(CalibrationError, match=r"line 2: messages, but .* no chat template"):
+        windows(lines, byte_tokenizer(template=False))
+
+
+def test_a_tokenizer_of_another_model_is_refused(text, tokenizer):
+    with pytest.raises(CalibrationError, match=r"embedding of 50 rows.*another model"):
+        windows(text, tokenizer, vocabulary=50)
+
+
+def test_windows_need_room_beside_special_tokens(text, tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        "sketchconv.calibration.windows.special_tokens", lambda _tokenizer: ([1, 1], [1, 1])
+    )
+    with pytest.raises(CalibrationError, match="no room beside 4 special"):
+        windows(text, tokenizer, 1, 4)
