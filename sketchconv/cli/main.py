@@ -19,6 +19,7 @@ _COMMANDS = {
     "convert": ("sketchconv.cli.convert", "Compress a checkpoint into a sketch."),
     "inspect": ("sketchconv.cli.inspect", "Show what a model file or folder holds."),
     "verify": ("sketchconv.cli.verify", "Check every digest and every rule of a sketch."),
+    "eval": ("sketchconv.cli.eval", "Measure models: perplexity, KL to a reference, questions."),
     "generate": ("sketchconv.cli.generate", "Write text with a sketched language model."),
     "doctor": ("sketchconv.cli.doctor", "Show which kernels run here and why; test them."),
 }
@@ -74,7 +75,7 @@ def run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted: nothing was left behind.", err=True)
+        click.echo("Interrupted: no output was written.", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone (for instance `| head`); point stdout at nothing so

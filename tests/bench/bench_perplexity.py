@@ -1,8 +1,6 @@
 """What a 4-bit sketch without any data costs in perplexity, on SmolLM2-135M-Instruct.
 
-The model's GGUF weights lie on a grid of 16 levels, which would flatter every 4-bit method, so each
-decoder weight is first moved off its grid by seeded uniform noise of one grid step; that model, in
-bf16, is the dense one.
+The dense model is that of dithered.py.
 
     python tests/bench/bench_perplexity.py --text wikitext2-test.txt [--windows 4] [--bits 4]
 """
@@ -16,37 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent.parent))
-from models import CACHE, SMOLLM2, fetch
+sys.path.append(str(Path(__file__).parent))
+from dithered import CACHE, dense_model
 
 WINDOW = 1024
-
-
-def dithered(gguf: Path, folder: Path) -> Path:
-    """The dense model of this benchmark as a bf16 Hugging Face folder; made once."""
-    if (folder / "config.json").exists():
-        return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2 and "embed" not in name and "lm_head" not in name:
-                blocks = weight.view(weight.shape[0], -1, 32)
-                step = (blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True)) / 15
-                blocks.add_((torch.rand(blocks.shape, generator=generator) - 0.5) * step)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def perplexity(model: Any, tokens: Any, windows: int) -> float:
@@ -80,7 +51,7 @@ def main() -> None:
     import sketchconv
     from sketchconv.recipe import Recipe, SketchSpec
 
-    dense = dithered(fetch(SMOLLM2), CACHE.parent / "smollm2-dithered")
+    dense = dense_model()
     tokenizer = AutoTokenizer.from_pretrained(dense)
     text = options.text.read_text(encoding="utf-8")
     tokens = torch.tensor(tokenizer(text)["input_ids"][: options.windows * WINDOW])
