@@ -67,7 +67,7 @@ def _sklearn(
 ) -> NDArray[np.float32]:
     """scikit-learn's KMeans as the LeanQuant code calls it: its start decides much of the error."""
     try:
-        from sklearn.cluster import KMeans  # type: ignore[import-untyped,unused-ignore]
+        from sklearn.cluster import KMeans
     except ImportError as error:
         raise RecipeError(
             "method leanquant is the published recipe and needs scikit-learn: pip install "
