@@ -64,7 +64,7 @@ class Job:
 
     def renewed(self) -> Job:
         """The same job for another pass over the weights: moments have a state."""
-        moments = _moments(self.source, self.source.config(), self.recipe)
+        moments = _moments(self.source, self.source.config(), self.recipe, self.calibration)
         return dataclasses.replace(self, moments=moments)
 
     def draft_writer(self, path: Path) -> BundleWriter:
@@ -117,7 +117,7 @@ def prepare(
         config = source.config()
         model = map_model(config, source.infos)
         plan = make_plan(source.infos, model, recipe, equal_tensors=equal_ties(source, model))
-        moments = _moments(source, config, recipe)
+        moments = _moments(source, config, recipe, calibration)
         draft = make_draft(source, plan, recipe, moments, calibration)
         files = with_config(source.files(), with_dtype(config, source), recipe)
         sizes = output_sizes(output, draft, files, max_shard_size)
@@ -183,10 +183,13 @@ def _check_output(output: Path, source: Source, *, force: bool) -> None:
         raise OutputError(f"{output.absolute().parent}: no such folder; create it first")
 
 
-def _moments(source: Source, config: Mapping[str, Any], recipe: Recipe) -> Moments:
+def _moments(
+    source: Source, config: Mapping[str, Any], recipe: Recipe, calibration: Calibration | None
+) -> Moments:
     from sketchconv.moments import make_moments
 
-    return make_moments(config, source.infos, recipe.weighting)
+    weighting = recipe.weighting_for(calibrated=calibration is not None)
+    return make_moments(config, source.infos, weighting)
 
 
 def _check_calibration(calibration: Calibration) -> None:

@@ -15,6 +15,11 @@ Weighting = Literal["covariances", "moments", "equal"]
 LutDtype = Literal["F16", "BF16", "F32"]
 
 
+# Bits up to which columns alone do not do: 3-bit SmolLM2-135M without data has a perplexity of 92
+# with covariances and 357 with moments, where the dense model has 26.
+COARSE = 3
+
+
 def _check_int(field: str, value: object, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise RecipeError(f"{field} must be an integer of at least {low}, got {value!r}")
@@ -107,7 +112,8 @@ class Recipe:
         weighting: without data, where the architecture is known: ``"covariances"`` propagates
             second moments of whole inputs through the network and compensates errors with them;
             ``"moments"`` propagates those of columns, and weighs columns by them (several times
-            faster); ``"equal"`` weighs all columns alike.
+            faster); ``"equal"`` weighs all columns alike. None: covariances where `default` has 3
+            bits or fewer, moments elsewhere and beside a calibration.
         exact: solve every group to the global optimum (slower) instead of within about 0.2 %.
         include: if given, only weights that one of these patterns names are sketched.
         exclude: weights that one of these patterns names are copied.
@@ -116,7 +122,7 @@ class Recipe:
 
     default: SketchSpec = SketchSpec()
     embed_bits: int | None = None
-    weighting: Weighting = "moments"
+    weighting: Weighting | None = None
     exact: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -125,9 +131,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.embed_bits is not None:
             _check_int("embed_bits", self.embed_bits, 1, 8)
-        _check_choice("weighting", self.weighting, get_args(Weighting))
+        if self.weighting is not None:
+            _check_choice("weighting", self.weighting, get_args(Weighting))
         if not isinstance(self.exact, bool):
             raise RecipeError(f"exact must be true or false, got {self.exact!r}")
+        if self.exact and self.weighting == "covariances":
+            raise RecipeError("exact is about k-means alone; covariances compensate: drop one")
 
     def patterns(self) -> tuple[str, ...]:
         """Every pattern of the recipe, so that one that names nothing can be reported."""
@@ -144,6 +153,13 @@ class Recipe:
             spec = dataclasses.replace(spec, bits=self.embed_bits)
         override = self.override_for(name)
         return spec if override is None else override.applied(spec)
+
+    def weighting_for(self, *, calibrated: bool) -> Weighting:
+        """The weighting that was asked for, or else the one that suits the bits."""
+        if self.weighting is not None:
+            return self.weighting
+        coarse = self.default.bits <= COARSE and not self.exact and not calibrated
+        return "covariances" if coarse else "moments"
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values, for a sketch's metadata."""

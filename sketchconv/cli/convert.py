@@ -31,7 +31,9 @@ _BITS = click.IntRange(1, 8)
 @click.option("--include", multiple=True, metavar="PATTERN", help="Sketch only these weights.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Copy these weights.")
 @click.option("--recipe", "recipe_file", type=click.Path(), help="TOML file with overrides.")
-@click.option("--weighting", type=_WEIGHTINGS, help="Without a text: see below. [default: moments]")
+@click.option(
+    "--weighting", type=_WEIGHTINGS, help="Without a text: see above. [default: by the bits]"
+)
 @click.option("--equal-weights", is_flag=True, help="The same as --weighting equal.")
 @click.option("--exact", is_flag=True, help="Solve each group to the global optimum (slower).")
 @click.option(
@@ -71,7 +73,7 @@ def command(src: str, out: str, **options: Any) -> None:
 
     Without --calibration no text is needed. Where the architecture is known, --weighting moments
     weighs columns by second moments propagated through the network, and covariances propagates
-    those of whole inputs and compensates errors with them: much better at 3 bits, and slower.
+    those of whole inputs and compensates errors with them: slower, the default at 3 bits and fewer.
     """
     from sketchconv.cli.render import print_plan, print_report
     from sketchconv.job import prepare

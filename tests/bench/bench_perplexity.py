@@ -1,4 +1,4 @@
-"""What a 4-bit sketch without any data costs in perplexity, on SmolLM2-135M-Instruct.
+"""What a sketch without any data costs in perplexity, on SmolLM2-135M-Instruct.
 
 The dense model is that of dithered.py.
 
@@ -37,7 +37,7 @@ def perplexity(model: Any, tokens: Any, windows: int) -> float:
 
 
 def main() -> None:
-    """Print the perplexity of the dense model and of sketches by both weightings."""
+    """Print the perplexity of the dense model and of sketches by all weightings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="evaluation text, UTF-8")
     parser.add_argument("--windows", type=int, default=4)
@@ -60,7 +60,7 @@ def main() -> None:
         f"dense bf16: perplexity {perplexity(model, tokens, options.windows):.2f} "
         f"({options.windows} windows of {WINDOW} tokens)"
     )
-    for weighting in ("equal", "moments"):
+    for weighting in ("equal", "moments", "covariances"):
         recipe = Recipe(SketchSpec(options.bits, options.groups), weighting=weighting)
         out = CACHE.parent / f"smollm2-dithered-{weighting}.sktch"
         report = sketchconv.convert(dense, out, recipe, force=True)

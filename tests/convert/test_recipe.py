@@ -135,3 +135,23 @@ def test_the_recipe_becomes_plain_json():
 )
 def test_groups_divide_the_row_or_there_are_none(spec, columns, groups):
     assert spec.groups_for(columns) == groups
+
+
+@pytest.mark.parametrize(
+    ("recipe", "calibrated", "wanted"),
+    [
+        (Recipe(), False, "moments"),
+        (Recipe(SketchSpec(bits=3)), False, "covariances"),
+        (Recipe(SketchSpec(bits=3)), True, "moments"),
+        (Recipe(SketchSpec(bits=2), exact=True), False, "moments"),
+        (Recipe(SketchSpec(bits=2), weighting="equal"), False, "equal"),
+        (Recipe(weighting="covariances"), True, "covariances"),
+    ],
+)
+def test_the_weighting_suits_the_bits_unless_it_is_asked_for(recipe, calibrated, wanted):
+    assert recipe.weighting_for(calibrated=calibrated) == wanted
+
+
+def test_exact_k_means_and_covariances_do_not_go_together():
+    with pytest.raises(RecipeError, match="drop one"):
+        Recipe(weighting="covariances", exact=True)
