@@ -39,6 +39,7 @@ def make_draft(
         aliases=plan.aliases,
         recipe={
             **recipe.to_json(),
+            "weighting": recipe.weighting_for(calibrated=calibration is not None),
             "column_weights": moments.description,
             **({} if calibration is None else {"calibration": _described(calibration, recipe)}),
             "dropped": sorted(step.name for step in plan.steps if step.action == "drop"),

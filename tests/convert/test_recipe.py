@@ -115,7 +115,6 @@ def test_the_recipe_becomes_plain_json():
     recipe = Recipe(overrides=(Override("a*", bits=2),), exclude=("b",))
     assert recipe.to_json() == {
         "default": {"bits": 4, "groups": 1, "lut_dtype": "F16"},
-        "weighting": "moments",
         "exact": False,
         "include": [],
         "exclude": ["b"],
