@@ -44,7 +44,14 @@ from sketchconv.kernels.planes import fields
 
 PREFETCH_BYTES = 4096  # ahead of the reads: doubled the speed of layers that come from DRAM
 BAND_PREFETCH_BYTES = 2048  # the same for several rows at once
-SUMS = 4  # running sums of a dot product: enough to keep the multipliers busy
+
+# Running sums of a dot product: 4 keep the multipliers busy. Where several rows share an activation
+# 2 do, and more would not stay in registers: the order of a row's sum must be one and the same.
+BANDS = {2: 4, 3: 2, 4: 4}  # bits: rows at once for one activation, each a stream of its own
+
+
+def _sums(bits: int) -> int:
+    return 2 if bits in BANDS else 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,7 @@ class _Dots:
     sums: list[list[list[Any]]]
 
     def add(self, b: Any, block: Block, column: Any, left: Any) -> None:
-        """`sums[row][token][j % SUMS] += weight[j] * x[j]` over the vectors of one block.
+        """`sums[row][token][j % len] += weight[j] * x[j]` over the vectors of one block.
 
         `left` is the number of columns in a last, short block, None in a full one.
         """
@@ -83,7 +90,7 @@ class _Dots:
             values = [load(b, b.add(x, I64(4 * LANES * number)), VF32) for x in xs]
             for weight, sums in zip(weights, self.sums, strict=True):
                 for value, parts in zip(values, sums, strict=True):
-                    total = parts[number % SUMS]
+                    total = parts[number % len(parts)]
                     args = [weight, value, b.load(total)]
                     b.store(call(b, "llvm.fma.v16f32", VF32, args), total)
 
@@ -115,7 +122,9 @@ def _emit_rows(
     """`count` output rows for `tokens` activations; see `row_dots` for the arguments."""
     index, tables_at, x, stride, apart, groups, columns = args
     plan = blocks(bits, lut, bool(vbmi))
-    sums = [[[local(b, VF32) for _ in range(SUMS)] for _ in range(tokens)] for _ in range(count)]
+    sums = [
+        [[local(b, VF32) for _ in range(_sums(bits))] for _ in range(tokens)] for _ in range(count)
+    ]
     for total in (total for row in sums for parts in row for total in parts):
         b.store(ir.Constant(VF32, None), total)
     sizes = plane_bytes(b, bits, columns)

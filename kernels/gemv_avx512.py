@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sketchconv.kernels.avx512 import decode_group, row_dots
+from sketchconv.kernels.avx512 import BANDS, decode_group, row_dots
 from sketchconv.kernels.avx512_bf16 import decode_group_bf16
 from sketchconv.kernels.avx512_blocks import by_bytes
 from sketchconv.kernels.avx512_order import arrange, padded_columns
@@ -18,7 +18,6 @@ from sketchconv.kernels.pointers import carray, pointer_to
 
 ALIGNMENT = 64
 TILE_ROWS = 16  # rows that pass by each group of activations while these stay in the first cache
-BANDS = {2: 4, 3: 2, 4: 4}  # bits: rows at once for one activation, each a stream of its own
 MANY_BYTES = 1 << 15  # activations that stay there; beyond, 2 at once are faster than 4
 
 

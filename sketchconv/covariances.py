@@ -144,8 +144,12 @@ class PropagatedCovariances:
             spread = self._product(self._product(weight, moments), weight)
             self._stream += ATTENTION_SHARE * spread
         elif place.role in ("gate", "up"):
-            part = self._product(weight, self._hessian(place))
-            self._variances[place.role] = (part.double() * weight.double()).sum(1).numpy()
+            hessian = self._hessian(place)
+            parts = [
+                (self._product(rows, hessian).double() * rows).sum(1)
+                for rows in torch.split(weight, BLOCK)  # float64 copies of no more than these
+            ]
+            self._variances[place.role] = torch.cat(parts).numpy()
         else:
             scaled = weight * torch.from_numpy(self._down_input(place)).float()
             self._stream += self._product(scaled, weight)

@@ -186,8 +186,10 @@ def _check_output(output: Path, source: Source, *, force: bool) -> None:
 def _moments(
     source: Source, config: Mapping[str, Any], recipe: Recipe, calibration: Calibration | None
 ) -> Moments:
-    from sketchconv.moments import make_moments
+    from sketchconv.moments import equal_weights, make_moments
 
+    if calibration is not None and not calibration.texts:
+        return equal_weights(f"method {calibration.method} has none")
     weighting = recipe.weighting_for(calibrated=calibration is not None)
     return make_moments(config, source.infos, weighting)
 

@@ -102,8 +102,10 @@ def method_rows(
             threads=threads,
             factors=factors,
         )
-    except (SketchconvError, LutRangeError) as error:
+    except LutRangeError as error:
         raise WeightError(f"{record.name}: {error}; try --lut-dtype BF16 or F32") from None
+    except SketchconvError as error:
+        raise WeightError(f"{record.name}: {error}") from None
     codes = np.ascontiguousarray(solved.indices.numpy())
     packed = pack_rows(codes, record.bits, record.groups, threads=threads)
     errors, norms = solved.squared_error.numpy(), solved.squared_norm.numpy()

@@ -121,10 +121,17 @@ def catch_calls(
     """
     calls: list[Call] = []
     order: list[int] = []
+    passed: list[Tensor] = []
 
     def stub(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, call = _split(args, kwargs)
+            if passed and not torch.equal(passed.pop(), hidden):
+                raise CalibrationError(
+                    f"{type(model).__name__} changes what passes from block {index - 1} to the "
+                    "next; convert it without --calibration"
+                )
+            passed.append(hidden)
             calls.append(call)
             order.append(index)
             if len(order) == len(blocks):
@@ -146,8 +153,9 @@ def catch_calls(
 def same_calls(first: Sequence[Call], second: Sequence[Call]) -> int | None:
     """Index of the first block whose arguments differ between two calls, or None."""
     for index, (a, b) in enumerate(zip(first, second, strict=True)):
-        pairs = zip(_leaves((a.args, a.kwargs)), _leaves((b.args, b.kwargs)), strict=False)
-        if not all(torch.equal(x, y) for x, y in pairs):
+        mine, others = (list(_leaves((call.args, call.kwargs))) for call in (a, b))
+        pairs = zip(mine, others, strict=False)
+        if len(mine) != len(others) or not all(torch.equal(x, y) for x, y in pairs):
             return index
     return None
 

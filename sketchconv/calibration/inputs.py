@@ -127,6 +127,9 @@ def _self_written(
 def _check_positions(seq_len: int, weights: Weights) -> None:
     config = weights.model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
+    for name, module in weights.model.named_modules():
+        if "position" in name and getattr(module, "padding_idx", None) is not None:
+            most = module.num_embeddings - module.padding_idx - 1  # RoBERTa's start behind it
     if isinstance(most, int) and seq_len > most:
         raise CalibrationError(
             f"windows of {seq_len} tokens, but the model has positions for {most}; "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sketchconv.calibration.methods import DEFAULT_METHOD
 from sketchconv.errors import RecipeError
 
 SELF = "self"
@@ -64,7 +65,8 @@ class Calibration:
         """Tokens to recover on: as asked for, or by default some at 3 bits and below."""
         if self.recover is not None:
             return self.recover
-        return DEFAULT_RECOVERY_TOKENS if self.texts and bits <= MAX_RECOVERED_BITS else 0
+        ours = self.texts and self.method == DEFAULT_METHOD  # published recipes stay as they are
+        return DEFAULT_RECOVERY_TOKENS if ours and bits <= MAX_RECOVERED_BITS else 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the sketch's document; files by name only, never by path."""

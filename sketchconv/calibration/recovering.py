@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sketchconv.calibration.devices import find_device
 from sketchconv.calibration.report import RecoveryReport
-from sketchconv.calibration.state import save_tensors
+from sketchconv.calibration.state import RECOVERED, save_tensors
 from sketchconv.calibration.teacher import Teacher
 from sketchconv.sources.base import Source
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sketchconv.calibration.run import Calibrated
     from sketchconv.job import Job
 
-RECOVERED = "recovered.safetensors"
+_DOES_NOT_FIT = "the model and the activations of a step do not fit in memory"
 
 
 def recover_draft(
@@ -66,6 +66,8 @@ def recover_draft(
         )
     except RecoveryError as error:
         return _not_run(str(error))
+    except (MemoryError, torch.OutOfMemoryError):  # the calibrated sketch is worth writing as it is
+        return _not_run(_DOES_NOT_FIT)
     if result.kept:
         path = calibrated.state.folder / RECOVERED
         save_tensors(path, _sketches(student, job.source), {})

@@ -46,10 +46,10 @@ class Calibrated:
 
     def weights(self) -> FinishedWeights:
         """The finished weights, recovered LUTs included."""
-        from sketchconv.calibration.state import FinishedWeights
+        from sketchconv.calibration.state import RECOVERED, FinishedWeights
 
         blocks = sorted(self.state.folder.glob("block-*.safetensors"))
-        return FinishedWeights([*blocks, *self.state.folder.glob("recovered.safetensors")])
+        return FinishedWeights([*blocks, *self.state.folder.glob(RECOVERED)])
 
 
 def calibrate(
@@ -73,7 +73,7 @@ def calibrate(
 
     from sketchconv.calibration.needs import check_memory
     from sketchconv.calibration.setting import fingerprint, make_setting
-    from sketchconv.calibration.state import CalibrationState
+    from sketchconv.calibration.state import RECOVERED, CalibrationState
 
     started = time.perf_counter()
     if job.calibration is None:
@@ -82,6 +82,8 @@ def calibrate(
         setting = make_setting(job, job.calibration, recover)
         check_memory(setting, job.max_memory)
         state = CalibrationState(job.output, fingerprint(job, setting))
+        # Of a run that was broken off later: it would be the start of this one's recovery.
+        (state.folder / RECOVERED).unlink(missing_ok=True)
         run = _Run(job, setting, state, threads, tick)
         try:
             run.blocks()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
 from torch import Tensor, nn
 
+from sketchconv import __version__
 from sketchconv.architecture import open_skeleton
 from sketchconv.calibration.blocks import find_blocks
 from sketchconv.calibration.devices import compute_dtype, find_device
@@ -81,12 +86,14 @@ def make_setting(job: Job, options: Calibration, recover: int) -> Setting:
 
 
 def fingerprint(job: Job, setting: Setting) -> dict[str, Any]:
-    """Everything that decides the result, as plain JSON values; weights by name and shape."""
+    """Everything that decides the result, as plain JSON values; weights by their files."""
     source, windows = job.source, setting.windows
     records = [step.record for step in job.plan.steps if step.record is not None]
     text = hashlib.sha256(windows[: setting.gathered].numpy().tobytes())
     return {
         "source": [source.id, source.revision, source.format, source.nbytes],
+        "files": _files(source.paths),
+        "versions": [__version__, torch.__version__, transformers.__version__],
         "tensors": [[i.name, i.dtype, list(i.shape)] for i in source.infos.values()],
         "config": source.config(),
         "sketches": [[r.name, *r.shape, r.bits, r.groups, r.lut_dtype] for r in records],
@@ -95,6 +102,15 @@ def fingerprint(job: Job, setting: Setting) -> dict[str, Any]:
         "seq_len": windows.shape[1],
         "compute": [setting.weights.device.type, str(setting.weights.dtype)],
     }
+
+
+def _files(paths: Iterable[Path]) -> list[list[Any]]:
+    """Name, size and time of change of every weight file."""
+    found: list[list[Any]] = []
+    for path in paths:
+        inside = path.rglob("*.safetensors") if path.is_dir() else [path]
+        found += [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in inside]
+    return sorted(found)
 
 
 def _find_targets(

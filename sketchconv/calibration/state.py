@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sketchconv.formats.manifest import SketchRecord
 
 SUFFIX = ".calibration"
+RECOVERED = "recovered.safetensors"
 _FINGERPRINT = "calibration.json"
 _RESULTS = "results"
 
@@ -82,12 +83,13 @@ class CalibrationState:
 
     def _compare(self, file: Path) -> None:
         try:
-            old = json.loads(file.read_bytes())
+            found = json.loads(file.read_bytes())
         except ValueError:
-            old = {}
-        keys = self._fingerprint.keys() | (old.keys() if isinstance(old, dict) else set())
+            found = None
+        old = found if isinstance(found, dict) else {}
+        keys = self._fingerprint.keys() | old.keys()
         other = [key for key in sorted(keys) if old.get(key) != self._fingerprint.get(key)]
-        if other:
+        if other and any(self.folder.glob("block-*.safetensors")):
             raise CalibrationError(
                 f"{self.folder}: the state of another calibration (different: {', '.join(other)});"
                 " delete it to start anew, or repeat that calibration to finish it"

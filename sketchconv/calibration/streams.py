@@ -214,7 +214,7 @@ def find_head(model: PreTrainedModel) -> nn.Module | None:
 
 def _last_hidden(model: PreTrainedModel, head: nn.Module | None, ids: Tensor) -> Tensor:
     if head is None:
-        last: Tensor = model(input_ids=ids).last_hidden_state
+        last: Tensor = model.base_model(input_ids=ids).last_hidden_state
         return last
     caught: list[Tensor] = []
 

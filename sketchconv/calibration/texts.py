@@ -59,7 +59,7 @@ def _decoded(path: Path) -> str:
 
 
 def _json_lines(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    for number, line in enumerate(_decoded(path).splitlines(), 1):
+    for number, line in enumerate(_decoded(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"calibration text {path}: line {number}"

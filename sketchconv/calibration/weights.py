@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,11 @@ class Weights:
             _put(owner, key, tensor)
         return digest.hexdigest()
 
+    def _may_be_missing(self, name: str) -> bool:
+        """Whether the model runs without this weight; the map has refused all other gaps."""
+        patterns = self.model._keys_to_ignore_on_load_missing or ()
+        return any(re.search(pattern, name) for pattern in patterns)
+
     def empty(self, prefix: str) -> None:
         """Give back the memory of every tensor that `fill` fills."""
         for _, owner, key in _tensors(self.model.get_submodule(prefix), prefix, frozenset()):
@@ -87,7 +93,7 @@ class Weights:
         old = _get(owner, key)
         stored = self._stored.get(name)
         if stored is None:
-            if any(name.endswith(f".{s}") for s in ("weight", "bias")) or "expert" not in name:
+            if not isinstance(old, nn.Parameter) or self._may_be_missing(name):
                 # The map allowed it to be missing: transformers would initialise it.
                 return torch.zeros(old.shape, dtype=self._dtype_of(old), device=self.device)
             raise CalibrationError(

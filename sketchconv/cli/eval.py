@@ -51,6 +51,8 @@ def command(models: tuple[str, ...], **options: Any) -> None:
     if not options["texts"] and options["choices"] is None:
         raise click.UsageError("give a --text, or --choices, or both")
     if plot is not None:
+        if not options["texts"]:
+            raise click.UsageError("--plot draws what --text measures; give a text")
         check_plot(plot)
     if options["threads"] is not None:
         from sketchconv.runtime.load import set_threads
@@ -67,12 +69,12 @@ def command(models: tuple[str, ...], **options: Any) -> None:
         device=options["device"],
         progress=None if options["quiet"] else _progress(),
     )
-    if plot is not None:
-        save_plot(result, plot)
     if options["as_json"]:
         click.echo(json.dumps(_finite(result.to_json()), indent=2, allow_nan=False))
     else:
         _print(result)
+    if plot is not None:  # last: what was measured must not be lost with it
+        save_plot(result, plot)
 
 
 def _cut(options: dict[str, Any]) -> Cut:

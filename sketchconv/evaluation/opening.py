@@ -132,7 +132,9 @@ def _place(path: Path) -> tuple[Path, dict[str, Any]]:
 def _guarded(kind: Any, path: Path, place: Path, options: Mapping[str, Any]) -> Any:
     """`from_pretrained`, with its many kinds of errors turned into ours."""
     try:
-        return kind.from_pretrained(str(place), local_files_only=True, **options)
+        return kind.from_pretrained(
+            str(place), local_files_only=True, trust_remote_code=False, **options
+        )
     except (SketchconvError, MemoryError):
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:

@@ -40,7 +40,9 @@ class Student:
     def hidden(self, ids: Tensor) -> Tensor:
         """Final hidden states ``[batch, length, hidden]`` of token ids: the input of the head."""
         if self.output is None:
-            found: Tensor = self.model(input_ids=ids, **self._options()).last_hidden_state
+            found: Tensor = self.model.base_model(
+                input_ids=ids, **self._options()
+            ).last_hidden_state
             return found
         hook = self.output.register_forward_pre_hook(_catch)
         try:
