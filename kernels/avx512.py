@@ -47,7 +47,7 @@ BAND_PREFETCH_BYTES = 2048  # the same for several rows at once
 
 # Running sums of a dot product: 4 keep the multipliers busy. Where several rows share an activation
 # 2 do, and more would not stay in registers: the order of a row's sum must be one and the same.
-BANDS = {2: 4, 3: 2, 4: 4}  # bits: rows at once for one activation, each a stream of its own
+BANDS = {2: 4, 3: 4, 4: 4}  # bits: rows at once for one activation, each a stream of its own
 
 
 def _sums(bits: int) -> int:

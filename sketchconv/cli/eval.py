@@ -52,7 +52,7 @@ def command(models: tuple[str, ...], **options: Any) -> None:
         raise click.UsageError("give a --text, or --choices, or both")
     if plot is not None:
         if not options["texts"]:
-            raise click.UsageError("--plot draws what --text measures; give a text")
+            raise click.UsageError("--plot needs a --text: it draws what is measured on one")
         check_plot(plot)
     if options["threads"] is not None:
         from sketchconv.runtime.load import set_threads
