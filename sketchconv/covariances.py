@@ -51,11 +51,9 @@ class PropagatedCovariances:
 
     description = "propagated covariances"
 
-    def __init__(
-        self, layout: Layout, infos: Mapping[str, TensorInfo], threads: int | None = None
-    ) -> None:
+    def __init__(self, layout: Layout, infos: Mapping[str, TensorInfo]) -> None:
         self.order = layout.order
-        self.threads = threads
+        self._threads: int | None = None
         self._layout = layout
         self._shapes = {name: infos[name].shape for name in layout.order}
         self._stream = torch.zeros(layout.hidden, layout.hidden)
@@ -98,10 +96,11 @@ class PropagatedCovariances:
             self._factors[key] = Factors(Statistics(self._hessian(place), 1))
         return self._factors[key]
 
-    def observe(self, name: str, begin: int, rows: Rows) -> None:
+    def observe(self, name: str, begin: int, rows: Rows, threads: int | None = None) -> None:
         """Propagate through these rows; a weight is kept until it is whole, an embedding is not."""
         place = self._layout.places[name]
         shape = self._shapes[name]
+        self._threads = threads
         if begin == 0 and place.role in _NORMS:
             self._forget()
         if begin == 0:
@@ -199,7 +198,7 @@ class PropagatedCovariances:
             part = slice(begin, begin + TILE)
             torch.mm(left[part], right.T, out=out[part])
 
-        _on_threads(tile, range(0, len(left), TILE), self.threads)
+        _on_threads(tile, range(0, len(left), TILE), self._threads)
         return out
 
     def _check_seen(self, place: Place) -> None:

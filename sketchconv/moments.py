@@ -70,8 +70,11 @@ class Moments(Protocol):
         """
         ...
 
-    def observe(self, name: str, begin: int, rows: Rows) -> None:
-        """Take in rows [begin, begin + len(rows)) of a tensor, as float32 [rows, ...]."""
+    def observe(self, name: str, begin: int, rows: Rows, threads: int | None = None) -> None:
+        """Take in rows [begin, begin + len(rows)) of a tensor, as float32 [rows, ...].
+
+        No result depends on `threads`; None takes every core.
+        """
         ...
 
 
@@ -93,7 +96,7 @@ class EqualWeights:
     def factors(self, name: str) -> None:
         """Nothing is known of any input."""
 
-    def observe(self, name: str, begin: int, rows: Rows) -> None:
+    def observe(self, name: str, begin: int, rows: Rows, threads: int | None = None) -> None:
         """Nothing to take in."""
 
 
@@ -160,7 +163,7 @@ class PropagatedMoments:
     def factors(self, name: str) -> None:
         """Columns alone."""
 
-    def observe(self, name: str, begin: int, rows: Rows) -> None:
+    def observe(self, name: str, begin: int, rows: Rows, threads: int | None = None) -> None:
         """Propagate through these rows."""
         from sketchconv.kernels.cpu import accumulate_column_squares, squared_matvec
 
@@ -168,11 +171,11 @@ class PropagatedMoments:
         if begin == 0:
             self._start(place)
         if place.role == "embedding":
-            accumulate_column_squares(rows, self._residual)
+            accumulate_column_squares(rows, self._residual, threads=threads)
         elif place.bias or place.role in ("norm_1", "norm_2", "norm"):
             self._add(place, begin, np.square(rows, dtype=np.float64))
         else:
-            self._add(place, begin, squared_matvec(rows, self._input(place)))
+            self._add(place, begin, squared_matvec(rows, self._input(place), threads=threads))
         self._seen[name] = begin + len(rows)
         if place.role == "embedding" and self._seen[name] == self._shapes[name][0]:
             self._residual /= self._shapes[name][0]

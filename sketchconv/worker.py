@@ -147,7 +147,7 @@ class Worker:
             is_parameter = name.endswith((".weight", ".bias"))
             _check_finite(chunk, rows if is_parameter else _without_infinity(rows), self.threads)
             if moments.needs(name):
-                moments.observe(name, chunk.begin, rows)
+                moments.observe(name, chunk.begin, rows, self.threads)
         self.writer.append(name, source.stored(name, raw))
 
     def _sketch(self, chunk: Chunk, raw: bytes) -> None:
@@ -171,7 +171,7 @@ class Worker:
         self._tally.squared_error += solved.squared_error.tolist()
         self._tally.squared_norm += solved.squared_norm.tolist()
         if moments.needs(name):
-            moments.observe(name, chunk.begin, rows)
+            moments.observe(name, chunk.begin, rows, self.threads)
         if chunk.last:
             self.results.append(self._tally.result(chunk.step))
 

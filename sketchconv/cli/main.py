@@ -75,7 +75,11 @@ def run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted: no output was written.", err=True)
+        click.echo(
+            "Interrupted: no output was written. Run the same command again: a calibration goes on "
+            "after its last finished block, all else starts anew.",
+            err=True,
+        )
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone (for instance `| head`); point stdout at nothing so
