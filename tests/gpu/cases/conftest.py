@@ -1,8 +1,11 @@
-"""Sketches to multiply with, and the only place that imports what the interpreter needs."""
+"""Sketches to multiply with, and the only place that imports what the interpreter needs.
+
+With the interpreter on everything lies on the CPU; without it, on the GPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +13,17 @@ import torch
 from torch import Tensor
 
 from sketchconv.kernels.gpu import layout
+from sketchconv.kernels.gpu.support import interpreting
 from sketchconv.kernels.planes import pack_rows
+
+DEVICE = torch.device("cpu" if interpreting() else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[torch.device]:
+    """Where the kernels run, which is where every tensor of a test is made."""
+    with DEVICE:
+        yield DEVICE
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class Sketch:
 
 
 def build(rows: int, columns: int, bits: int, groups: int, dtype: torch.dtype, seed: int) -> Sketch:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=generator)
     # Hard rows: every code alike, then few distinct values; a table of one outlier; zeros.
     codes[0] = 2**bits - 1
@@ -48,7 +61,7 @@ def build(rows: int, columns: int, bits: int, groups: int, dtype: torch.dtype, s
     lut = torch.randn(rows, groups, 2**bits, generator=generator)
     lut[2 % rows, :, 0] = 300.0
     lut[3 % rows] = 0.0
-    index = torch.from_numpy(pack_rows(codes.numpy(), bits, groups))
+    index = torch.from_numpy(pack_rows(codes.cpu().numpy(), bits, groups)).to(DEVICE)
     return Sketch(codes.long(), index, lut.to(dtype), bits)
 
 

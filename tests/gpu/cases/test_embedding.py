@@ -11,7 +11,7 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
 def check(case, ids: torch.Tensor, dtype: torch.dtype, order: str = "planes-le", padding=None):
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
     grad = torch.randn(*ids.shape, case.columns, generator=generator).to(dtype)
     found = embedding.grad_gather(grad, ids, case.on(order), case.lut, padding, order)
     exact, spread = (by_code(case, ids, part, padding) for part in (grad, grad.abs()))

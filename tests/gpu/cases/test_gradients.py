@@ -24,7 +24,7 @@ SHAPES = [  # bits, rows, columns, groups: tails of rows, columns and bytes, sev
 
 
 def noise(*shape: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(dtype)
 
 

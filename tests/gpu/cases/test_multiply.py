@@ -21,7 +21,7 @@ UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-2
 
 
 def noise(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(tokens * columns)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(tokens * columns)
     return torch.randn(tokens, columns, generator=generator).to(dtype)
 
 
