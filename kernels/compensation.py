@@ -8,11 +8,14 @@ product, for all later columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from sketchconv.kernels import tiles
+from sketchconv.kernels.gpu.support import why_not
 from sketchconv.kernels.tables import Tables
-from sketchconv.kernels.tiles import round_block
 
 BLOCK = 128
 
@@ -31,7 +34,7 @@ def compensate(weight: Tensor, upper: Tensor, tables: Tables, block: int = BLOCK
     """
     work = weight.clone()
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    inside = _block_cpu if work.is_cpu else _block_torch
+    inside = _inside(work.device)
     for begin in range(0, work.shape[1], block):
         end = min(begin + block, work.shape[1])
         part = Tables(tables.lut, tables.thresholds, tables.groups[begin:end])
@@ -42,9 +45,20 @@ def compensate(weight: Tensor, upper: Tensor, tables: Tables, block: int = BLOCK
     return codes
 
 
+def _inside(device: torch.device) -> Callable[[Tensor, Tensor, Tables], tuple[Tensor, Tensor]]:
+    """Compiled for the CPU and for GPUs that Triton knows; else a column at a time in torch."""
+    if device.type == "cpu":
+        return _block_cpu
+    if why_not(device) is not None:
+        return _block_torch
+    from sketchconv.kernels.gpu.columns import round_block
+
+    return round_block
+
+
 def _block_cpu(work: Tensor, upper: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
     codes, errors = torch.empty(work.shape, dtype=torch.uint8), torch.empty_like(work)
-    round_block(
+    tiles.round_block(
         work.numpy(), upper.numpy(), tables.lut.numpy(), tables.thresholds.numpy(),
         tables.groups.numpy(), codes.numpy(), errors.numpy(),
     )  # fmt: skip

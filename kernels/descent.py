@@ -6,12 +6,15 @@ For ``f(Q) = (W - Q) H (W - Q)'`` per row and ``g = (W - Q) H``, the best value 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from sketchconv.kernels import tiles
 from sketchconv.kernels.compensation import BLOCK
+from sketchconv.kernels.gpu.support import why_not
 from sketchconv.kernels.tables import Tables, decode
-from sketchconv.kernels.tiles import descend_block
 
 
 def descend(
@@ -30,7 +33,7 @@ def descend(
         New codes and their gradient.
     """
     codes, gradient = codes.clone(), gradient.clone()
-    inside = _block_cpu if codes.is_cpu else _block_torch
+    inside = _inside(codes.device)
     for begin in range(0, codes.shape[1], block):
         end = min(begin + block, codes.shape[1])
         part = Tables(tables.lut, tables.thresholds, tables.groups[begin:end])
@@ -42,11 +45,24 @@ def descend(
     return codes, gradient
 
 
+def _inside(
+    device: torch.device,
+) -> Callable[[Tensor, Tensor, Tables, Tensor], tuple[Tensor, Tensor]]:
+    """Compiled for the CPU and for GPUs that Triton knows; else a column at a time in torch."""
+    if device.type == "cpu":
+        return _block_cpu
+    if why_not(device) is not None:
+        return _block_torch
+    from sketchconv.kernels.gpu.columns import descend_block
+
+    return descend_block
+
+
 def _block_cpu(
     gradient: Tensor, hessian: Tensor, tables: Tables, before: Tensor
 ) -> tuple[Tensor, Tensor]:
     codes = torch.empty(gradient.shape, dtype=torch.uint8)
-    descend_block(
+    tiles.descend_block(
         gradient.numpy(), hessian.numpy(), tables.lut.numpy(), tables.thresholds.numpy(),
         tables.groups.numpy(), codes.numpy(), before.numpy(),
     )  # fmt: skip

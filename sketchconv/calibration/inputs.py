@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 
 from sketchconv.calibration.options import SELF, Calibration
-from sketchconv.calibration.windows import check_vocabulary, text_windows
+from sketchconv.calibration.windows import (
+    SHORT,
+    TextWindows,
+    check_vocabulary,
+    pieces,
+    text_windows,
+)
 from sketchconv.errors import CalibrationError
 
 # The recovery measures itself on one window in eight.
@@ -24,18 +31,15 @@ if TYPE_CHECKING:
     from sketchconv.sources.base import Source
 
 
-def make_windows(options: Calibration, weights: Weights, recover: int) -> Tensor:
-    """Windows of every text in turn, so that the first of them hold equal shares.
+def make_windows(options: Calibration, weights: Weights, recover: int) -> TextWindows:
+    """Windows of every text in turn, so that each text has an equal share.
 
     Args:
         options: texts, tokens and seed.
         weights: of the model, for its vocabulary and for text that it writes itself.
-        recover: tokens that the recovery trains on. It gets windows of its own: those that were
-            gathered from already fit the sketch far better than any other text. Windows beyond what
-            the texts hold are let go.
-
-    Returns:
-        int64 ``[windows, seq]``: `options.windows` to gather from, then any others.
+        recover: tokens that the recovery trains on, 0 for none. It gets windows of its own: those
+            that were gathered from already fit the sketch far better than any other text. Windows
+            beyond what the texts hold are let go.
 
     Raises:
         CalibrationError: a text is too short, or does not fit the model.
@@ -48,11 +52,20 @@ def make_windows(options: Calibration, weights: Weights, recover: int) -> Tensor
     tokenizer = load_tokenizer(weights.source)
     count = len(options.texts)
     needed = -(-options.windows // count)
-    fresh = math.ceil(recover * _WITH_HELD_OUT / options.seq_len)
-    wanted = needed + math.ceil(fresh / count)
+    fresh = math.ceil(recover * _WITH_HELD_OUT)
+    wanted = needed + math.ceil(fresh / options.seq_len / count)
     shares = [_windows(text, options, weights, tokenizer, needed, wanted) for text in options.texts]
-    order = [share[i] for i in range(wanted) for share in shares if i < len(share)]
-    return torch.stack(order)
+    short = _in_turn([share.short for share in shares])
+    most = -(-fresh // short.shape[1])
+    return TextWindows(
+        _in_turn([share.gathered for share in shares])[: options.windows], short[:most]
+    )
+
+
+def _in_turn(shares: Sequence[Tensor]) -> Tensor:
+    """The first rows of all, then the second rows, as far as each goes."""
+    longest = max(len(share) for share in shares)
+    return torch.stack([share[i] for i in range(longest) for share in shares if i < len(share)])
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -85,12 +98,14 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase,
     needed: int,
     wanted: int,
-) -> Tensor:
+) -> TextWindows:
     rows = _vocabulary(weights)
     if text == SELF:
         written = _self_written(options, weights, tokenizer, wanted)
         check_vocabulary(written, rows, text)
-        return written
+        # Sequences of SHORT tokens are what the model wrote, each with its own beginning.
+        rest = written[needed:] if wanted > needed else written
+        return TextWindows(written[:needed], pieces(rest, min(SHORT, options.seq_len)))
     return text_windows(
         text,
         tokenizer,

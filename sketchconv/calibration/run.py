@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sketchconv.calibration.setting import Setting
     from sketchconv.calibration.state import BlockResult, CalibrationState, FinishedWeights
     from sketchconv.calibration.streams import Streams
+    from sketchconv.calibration.teacher import Teacher
     from sketchconv.job import Job
 
 __all__ = ["Calibrated", "Calibration", "calibrate", "torch_threads"]
@@ -37,7 +38,7 @@ class Calibrated:
     Attributes:
         state: the folder, to be removed when the output exists.
         report: for the user.
-        windows: int64 ``[n, seq]``, the token ids to recover on.
+        windows: int64 ``[n, short]``, the token ids to recover on.
     """
 
     state: CalibrationState
@@ -86,13 +87,11 @@ def calibrate(
         (state.folder / RECOVERED).unlink(missing_ok=True)
         run = _Run(job, setting, state, threads, tick)
         try:
-            run.blocks()
-            if recover:
-                run.keep_final()
+            run.blocks(recover=bool(recover))
         finally:
             run.close()
     report = run.report(time.perf_counter() - started)
-    return Calibrated(state, report, setting.windows[setting.recovered :])
+    return Calibrated(state, report, setting.windows.short)
 
 
 class _Run:
@@ -108,40 +107,42 @@ class _Run:
     ) -> None:
         self.job, self.setting, self.state, self.threads = job, setting, state, threads
         self.results: list[BlockResult] = []
-        self._streams: Streams | None = None
+        self._streams: list[Streams] = []
         self._tick, self._done, self._peak = tick, 0, 0
 
-    def blocks(self) -> None:
-        """All blocks; those that an earlier run finished are only run through."""
-        count = len(self.setting.targets)
-        if all(self.state.done(index) for index in range(count)):
+    def blocks(self, *, recover: bool) -> None:
+        """All blocks; those that an earlier run finished are only run through.
+
+        With `recover`, what goes into the dense model's head is kept.
+        """
+        from sketchconv.calibration.teacher import Teacher
+
+        count, teacher = len(self.setting.targets), None
+        if recover:
+            teacher = Teacher(self.state.folder, self.setting.windows.short)
+        if all(self.state.done(index) for index in range(count)) and (not teacher or teacher.done):
             # Nothing depends on the hidden states any more.
             self.results = [self.state.result(index) for index in range(count)]
             return
+        wanted = teacher if teacher and not teacher.done else None
+        paired, *others = self._open(recover=wanted is not None)
         for index in range(count):
-            self._block(index)
+            self._block(index, paired, others)
+        if wanted is not None:
+            self._keep_final(wanted, others[0])
 
-    def keep_final(self) -> None:
-        """Keep what goes into the dense model's head, for the recovery."""
+    def _keep_final(self, teacher: Teacher, streams: Streams) -> None:
         from sketchconv.calibration.streams import final_hidden
-        from sketchconv.calibration.teacher import Teacher
 
-        first = self.setting.recovered
-        teacher = Teacher(self.state.folder, self.setting.windows[first:])
-        if teacher.done:
-            return
-        if self._streams is None:
-            for index in range(len(self.setting.targets)):
-                self._block(index)
         self._say("the dense model's last hidden states", 0)
-        for begin, hidden in final_hidden(self._opened(), first):
-            teacher.write(begin - first, hidden)
+        for begin, hidden in final_hidden(streams):
+            teacher.write(begin, hidden)
         teacher.finish()
 
     def close(self) -> None:
         """Forget the hidden states."""
-        if self._streams is not None:
-            self._streams.close()
+        for streams in self._streams:
+            streams.close()
 
     def report(self, seconds: float) -> CalibrationReport:
         """What was done."""
@@ -163,21 +164,24 @@ class _Run:
             peak_anonymous=self._peak,
         )
 
-    def _opened(self) -> Streams:
-        """The hidden states; made when they are first needed."""
+    def _open(self, *, recover: bool) -> list[Streams]:
+        """Hidden states in front of the first block: those gathered from, then any others."""
         from sketchconv.calibration.streams import Streams
 
-        if self._streams is None:
-            self._say("embedding the text", 0)
-            limit = self.job.max_memory
-            room = _HIDDEN_IN_MEMORY if limit is None else limit // 4
-            self._streams = Streams(self.setting, self.state.folder, room)
+        self._say("embedding the text", 0)
+        limit, windows = self.job.max_memory, self.setting.windows
+        room = (_HIDDEN_IN_MEMORY if limit is None else limit // 4) // (2 if recover else 1)
+        folder = self.state.folder
+        self._streams.append(Streams(self.setting, windows.gathered, folder, room))
+        if recover:
+            others = Streams(self.setting, windows.short, folder, room, paired=False)
+            self._streams.append(others)
         return self._streams
 
-    def _block(self, index: int) -> None:
+    def _block(self, index: int, paired: Streams, others: Sequence[Streams]) -> None:
         from sketchconv.calibration.block import BlockWork
 
-        streams, weights = self._opened(), self.setting.weights
+        weights = self.setting.weights
         name = f"{self.setting.path}.{index}"
         digest = weights.fill(name)
         dense = weights.model.get_submodule(name)
@@ -185,19 +189,20 @@ class _Run:
         if self.state.done(index):
             self._replay(work, digest)
         else:
-            self._calibrate(work, digest)
+            self._calibrate(work, paired, digest)
         if len(self.results) <= index:
             self.results.append(self.state.result(index))
-        streams.advance(index, name, dense, work.compressed)
+        for streams in (paired, *others):
+            streams.advance(index, name, dense, work.compressed)
         weights.empty(name)
 
-    def _calibrate(self, work: BlockWork, digest: str) -> None:
+    def _calibrate(self, work: BlockWork, streams: Streams, digest: str) -> None:
         from sketchconv.calibration.block import calibrate_block
         from sketchconv.calibration.state import BlockResult
 
         where = f"block {work.index + 1}/{len(self.setting.targets)}"
         stages = calibrate_block(
-            work, self._opened(), self.setting.weights, self.setting.method, self.threads
+            work, streams, self.setting.weights, self.setting.method, self.threads
         )
         for paths in stages:
             records = [work.targets[path] for path in paths]

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sketchconv.calibration.windows import SHORT
 from sketchconv.errors import LoadError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Tokens sampled at once and tokens of a sequence: short sequences keep the cache, which is copied
-# at every token, small; several make one window.
+# at every token, small; several make one window, and one a window to recover on.
 BATCH = 64
-SEGMENT = 256
+SEGMENT = SHORT
 
 
 def self_written(

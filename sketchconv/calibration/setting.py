@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from sketchconv import __version__
 from sketchconv.architecture import open_skeleton
@@ -22,6 +22,7 @@ from sketchconv.calibration.weights import Weights
 
 if TYPE_CHECKING:
     from sketchconv.calibration.options import Calibration
+    from sketchconv.calibration.windows import TextWindows
     from sketchconv.formats.manifest import SketchRecord
     from sketchconv.job import Job
 
@@ -34,30 +35,20 @@ class Setting:
         weights: the skeleton, and what fills it.
         path: of the skeleton's list of blocks.
         targets: for each block, path in the block -> record of a linear module to be sketched.
-        windows: int64 ``[windows, seq]`` token ids.
-        gathered: how many windows, from the first, statistics are gathered from.
+        windows: token ids to gather from, and to recover on.
         method: of the solver.
     """
 
     weights: Weights
     path: str
     targets: tuple[dict[str, SketchRecord], ...]
-    windows: Tensor
-    gathered: int
+    windows: TextWindows
     method: Method
-
-    @property
-    def recovered(self) -> int:
-        """First of the windows that the recovery uses: those not gathered from, if there are any.
-
-        It needs two at least: one to train on, one to measure.
-        """
-        return self.gathered if len(self.windows) - self.gathered >= 2 else 0
 
     @property
     def tokens(self) -> int:
         """Tokens that statistics are gathered from."""
-        return self.gathered * self.windows.shape[1]
+        return self.windows.gathered.numel()
 
     @property
     def parameters(self) -> int:
@@ -82,14 +73,14 @@ def make_setting(job: Job, options: Calibration, recover: int) -> Setting:
     weights = Weights(model, mapping, job.source, compute_dtype(job.source, device), device)
     targets = _find_targets(job, model.get_submodule(path), path, mapping.modules)
     windows = make_windows(options, weights, recover)
-    return Setting(weights, path, targets, windows, min(options.windows, len(windows)), method)
+    return Setting(weights, path, targets, windows, method)
 
 
 def fingerprint(job: Job, setting: Setting) -> dict[str, Any]:
     """Everything that decides the result, as plain JSON values; weights by their files."""
-    source, windows = job.source, setting.windows
+    source, windows = job.source, setting.windows.gathered
     records = [step.record for step in job.plan.steps if step.record is not None]
-    text = hashlib.sha256(windows[: setting.gathered].numpy().tobytes())
+    text = hashlib.sha256(windows.numpy().tobytes())
     return {
         "source": [source.id, source.revision, source.format, source.nbytes],
         "files": _files(source.paths),

@@ -38,19 +38,21 @@ class Batch:
 class Streams:
     """Hidden states of all windows in front of one block, in both models.
 
-    The first `setting.gathered` windows go through both models; the others, which only the recovery
-    needs, through the dense one.
-
     Args:
-        setting: model, blocks and windows.
+        setting: model and blocks.
+        windows: int64 ``[windows, seq]``, token ids.
         folder: for hidden states that take more memory than `room`, in bytes.
         room: see there.
+        paired: whether they go through both models; else through the dense one, which is all that
+            the recovery needs.
     """
 
-    def __init__(self, setting: Setting, folder: Path, room: int) -> None:
+    def __init__(
+        self, setting: Setting, windows: Tensor, folder: Path, room: int, *, paired: bool = True
+    ) -> None:
         self.weights, self.path = setting.weights, setting.path
         self.model = setting.weights.model
-        self.windows, self.gathered = setting.windows, setting.gathered
+        self.windows, self.paired = windows, paired
         self._folder, self._room = folder, room
         self._size = max(1, BATCH_TOKENS // self.windows.shape[1])
         self._calls: dict[int, list[Call]] = {}
@@ -67,14 +69,10 @@ class Streams:
         return str(self.weights.dtype).removeprefix("torch.")
 
     def batches(self) -> list[Batch]:
-        """The gathered windows; the last of them are held out."""
-        held = self.gathered // HELD_OUT
-        kept = self.gathered - held
-        return [*self._cut(0, kept, False), *self._cut(kept, self.gathered, True)]
-
-    def all_batches(self) -> list[Batch]:
-        """Every window of the dense stream."""
-        return [*self.batches(), *self._cut(self.gathered, len(self.windows), False)]
+        """All windows; the last of them are held out."""
+        count = len(self.windows)
+        kept = count - count // HELD_OUT
+        return [*self._cut(0, kept, False), *self._cut(kept, count, True)]
 
     def call(self, block: int, batch: Batch) -> Call:
         """How a block is called with a batch of this size."""
@@ -94,14 +92,14 @@ class Streams:
         return self.compressed.read(batch.begin, batch.end, self.weights.device)
 
     def advance(self, index: int, name: str, dense: nn.Module, compressed: nn.Module) -> None:
-        """Run a block on all hidden states, in place.
+        """Run a block on all hidden states, in place; `compressed` only where they are paired.
 
         Raises:
             CalibrationError: the dense model's are not finite after it.
         """
-        for batch in self.all_batches():
+        for batch in self.batches():
             call = self.call(index, batch)
-            if batch.end <= self.gathered:
+            if self.paired:
                 hidden = around.hidden_of(call.run(compressed, self.compressed_hidden(batch)))
                 self.compressed.write(batch.begin, hidden)
             hidden = around.hidden_of(call.run(dense, self.dense_hidden(batch)))
@@ -115,7 +113,8 @@ class Streams:
     def close(self) -> None:
         """Forget the hidden states."""
         self.dense.close()
-        self.compressed.close()
+        if self.paired:
+            self.compressed.close()
 
     def _cut(self, begin: int, end: int, held_out: bool) -> Iterator[Batch]:
         for first in range(begin, end, self._size):
@@ -126,26 +125,27 @@ class Streams:
         outside = frozenset({self.path, *self.heads()})
         self.weights.fill("", without=outside)
         first: Call | None = None
-        for batch in self.all_batches():
+        for batch in self.batches():
             hidden, call = around.catch_first(self.model, self.blocks, self.ids(batch))
             if first is None:
                 first = call
                 self._allocate(hidden)
                 self._learn(call, hidden)
             self.dense.write(batch.begin, hidden)
-            if batch.end <= self.gathered:
+            if self.paired:
                 self.compressed.write(batch.begin, hidden)
         self.weights.empty("")
 
     def _allocate(self, hidden: Tensor) -> None:
-        shape = (hidden.shape[1], hidden.shape[2])
-        count = len(self.windows) + self.gathered
-        spill = count * hidden[0].numel() * hidden.element_size() > self._room
-        dense, compressed = (
-            self._folder / f"{name}.hidden" if spill else None for name in ("dense", "compressed")
-        )
-        self.dense = HiddenStates((len(self.windows), *shape), hidden.dtype, dense)
-        self.compressed = HiddenStates((self.gathered, *shape), hidden.dtype, compressed)
+        count = len(self.windows)
+        shape = (count, hidden.shape[1], hidden.shape[2])
+        size = count * hidden[0].numel() * hidden.element_size() * (2 if self.paired else 1)
+        names = ("dense", "compressed") if self.paired else ("recovery", "")
+        spill = size > self._room
+        dense, compressed = (self._folder / f"{name}.hidden" if spill else None for name in names)
+        self.dense = HiddenStates(shape, hidden.dtype, dense)
+        if self.paired:
+            self.compressed = HiddenStates(shape, hidden.dtype, compressed)
 
     def _learn(self, call: Call, hidden: Tensor) -> None:
         """Catch every block's call, for each size of batch."""
@@ -154,7 +154,7 @@ class Streams:
         returned = call.run(self.blocks[0], hidden)
         self.weights.empty(name)
         self.returned = around.with_hidden(returned, hidden[:0])
-        for size, batch in {b.end - b.begin: b for b in self.all_batches()}.items():
+        for size, batch in {b.end - b.begin: b for b in self.batches()}.items():
             found = around.catch_calls(self.model, self.blocks, self.ids(batch), returned)
             self._calls[size] = found
         self._check_calls(returned)
@@ -181,12 +181,11 @@ class Streams:
         return [name for name, module in self.model.named_modules() if module is head and name]
 
 
-def final_hidden(streams: Streams, first: int = 0) -> Iterator[tuple[int, Tensor]]:
+def final_hidden(streams: Streams) -> Iterator[tuple[int, Tensor]]:
     """The inputs ``[windows, seq, hidden]`` of the dense model's head, batch after batch.
 
     Args:
         streams: behind the last block.
-        first: window to begin with, 0 or the first that was not gathered from.
 
     Yields:
         First window, and the hidden states after everything between the last block and the head.
@@ -195,7 +194,7 @@ def final_hidden(streams: Streams, first: int = 0) -> Iterator[tuple[int, Tensor
     head = find_head(model)
     weights.fill("", without=frozenset({streams.path, *streams.heads()}))
     try:
-        for batch in [b for b in streams.all_batches() if b.begin >= first]:
+        for batch in streams.batches():
             passed = around.with_hidden(streams.returned, streams.dense_hidden(batch))
             with around.replaced_forward(_passing(streams.blocks, passed)):
                 yield batch.begin, _last_hidden(model, head, streams.ids(batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sketchconv.calibration.texts import read_documents
@@ -14,6 +15,24 @@ if TYPE_CHECKING:
 
 _PROBE = "a"
 
+# Tokens of a window to recover on. With as many tokens of training, KL to the dense SmolLM2 at 3
+# bits fell from 0.234 to 0.216 on windows of 256 and from 0.253 to 0.240 on windows of 1024: the
+# steps are four times as many.
+SHORT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TextWindows:
+    """Windows of token ids, int64.
+
+    Attributes:
+        gathered: ``[n, seq_len]``, to gather statistics from.
+        short: ``[m, at most SHORT]``, to recover on: of other tokens where the text has them.
+    """
+
+    gathered: Tensor
+    short: Tensor
+
 
 def text_windows(
     text: str,
@@ -23,12 +42,12 @@ def text_windows(
     *,
     seed: int,
     vocabulary: int,
-) -> Tensor:
+) -> TextWindows:
     """Windows of a text.
 
-    The text is cut into windows from its start, and some are drawn without replacement.
-    Every window has the special tokens that the tokenizer puts around a text, such as BOS or CLS
-    and SEP.
+    The text is cut into windows from its start, and some are drawn without replacement; those that
+    are drawn beyond the least count are cut into short ones. Every window has the special tokens
+    that the tokenizer puts around a text, such as BOS or CLS and SEP.
 
     Args:
         text: see `read_documents`.
@@ -37,9 +56,6 @@ def text_windows(
         seq_len: tokens per window, special tokens included.
         seed: decides which windows are drawn.
         vocabulary: rows of the model's embedding.
-
-    Returns:
-        int64 ``[windows, seq_len]``.
 
     Raises:
         CalibrationError: too short a text, or a token that the model does not have.
@@ -53,9 +69,18 @@ def text_windows(
         )
     documents = read_documents(text, tokenizer, count[1] * seq_len)
     tokens = _token_ids(documents, tokenizer)
-    windows = _draw(tokens, text, count, inner, seed)
-    check_vocabulary(windows, vocabulary, text)
-    return _framed(windows, before, after)
+    drawn = _draw(tokens, text, count, inner, seed)
+    check_vocabulary(drawn, vocabulary, text)
+    first, rest = drawn[: count[0]], drawn[count[0] :]
+    size = min(SHORT - seq_len + inner, inner)
+    short = pieces(rest, size) if len(rest) * (inner // size) >= 2 else pieces(first, size)
+    return TextWindows(_framed(first, before, after), _framed(short, before, after))
+
+
+def pieces(windows: Tensor, size: int) -> Tensor:
+    """Windows cut into as many of `size` tokens as each holds: ``[m, size]``."""
+    whole = windows[:, : windows.shape[1] // size * size]
+    return whole.reshape(-1, size)
 
 
 def check_vocabulary(windows: Tensor, vocabulary: int, text: str) -> None:

@@ -13,7 +13,7 @@ import torch
 import sketchconv
 from sketchconv.calibration.inputs import load_tokenizer
 from sketchconv.calibration.options import Calibration
-from sketchconv.calibration.run import calibrate
+from sketchconv.calibration.setting import make_setting
 from sketchconv.calibration.streams import Streams, final_hidden
 from sketchconv.calibration.windows import text_windows
 from sketchconv.errors import CalibrationError, RecipeError
@@ -79,7 +79,7 @@ def test_it_is_better_than_without_data_and_as_large(whole, llama, text, tmp_pat
     sketchconv.convert(llama, plain, recipe())
     ids = text_windows(
         str(text), load_tokenizer(job_source(llama)), (64, 64), 32, seed=9, vocabulary=260
-    )
+    ).gathered
     assert final_error(out, llama, ids) < 0.8 * final_error(plain, llama, ids)
     assert abs(out.stat().st_size - plain.stat().st_size) < 4096
     calibration = report.calibration
@@ -217,13 +217,11 @@ def test_streams_are_the_models_own_hidden_states(llama, text, tmp_path):
     """The oracle is transformers: a run that sketches nothing must reproduce it."""
     from transformers import AutoModelForCausalLM
 
-    from sketchconv.calibration.setting import make_setting
-
     job = prepare(llama, tmp_path / "tiny.sktch", recipe(), calibration=options(text))
     setting = make_setting(job, job.calibration, 0)
     dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     with torch.no_grad():
-        streams = Streams(setting, tmp_path, 1 << 30)
+        streams = Streams(setting, setting.windows.gathered, tmp_path, 1 << 30)
         for index in range(3):
             name = f"model.layers.{index}"
             setting.weights.fill(name)
@@ -231,7 +229,7 @@ def test_streams_are_the_models_own_hidden_states(llama, text, tmp_path):
             streams.advance(index, name, block, block)
             setting.weights.empty(name)
         found = torch.cat([hidden for _, hidden in final_hidden(streams)])
-        wanted = dense.model(setting.windows).last_hidden_state
+        wanted = dense.model(setting.windows.gathered).last_hidden_state
     job.source.close()
     assert torch.allclose(found, wanted, atol=1e-4)
     assert all(p.is_meta for p in setting.weights.model.parameters())
@@ -323,20 +321,21 @@ def test_several_texts_give_equal_shares(llama, text, tmp_path):
     other.write_text("z" * 2000)
     job = prepare(llama, tmp_path / "tiny.sktch", recipe(), calibration=options(text))
     both = options(text, other, tokens=128)
-    calibrated = calibrate(dataclasses.replace(job, calibration=both), recover=0)
+    windows = make_setting(job, both, 112).windows
     job.source.close()
-    letters = [len(set(row)) == 1 for row in calibrated.windows.tolist()]
-    assert letters == [False, True, False, True]
+    for rows in (windows.gathered, windows.short):
+        assert [len(set(row)) == 1 for row in rows.tolist()] == [False, True, False, True]
 
 
 def test_the_recovery_gets_windows_of_its_own(llama, text, tmp_path):
     job = prepare(llama, tmp_path / "tiny.sktch", recipe(), calibration=options(text, tokens=128))
-    gathered = calibrate(job, recover=0).windows
-    fresh = calibrate(job, recover=224).windows
+    windows = make_setting(job, job.calibration, 224).windows
     job.source.close()
-    assert len(gathered) == 4
-    assert len(fresh) == 8
-    assert not {tuple(row) for row in gathered.tolist()} & {tuple(row) for row in fresh.tolist()}
+    assert len(windows.gathered) == 4
+    assert len(windows.short) == 8
+    gathered, fresh = ({tuple(row) for row in part.tolist()} for part in
+                       (windows.gathered, windows.short))  # fmt: skip
+    assert not gathered & fresh
 
 
 def test_a_memory_limit_that_is_too_low_is_refused_before_the_work(

@@ -19,9 +19,13 @@ def tokenizer(llama):
     return AutoTokenizer.from_pretrained(llama)
 
 
-def windows(text, tokenizer, count=4, length=32, *, seed=0, vocabulary=260):
-    counts = count if isinstance(count, tuple) else (count, count)
+def both(text, tokenizer, counts, length=32, *, seed=0, vocabulary=260):
     return text_windows(str(text), tokenizer, counts, length, seed=seed, vocabulary=vocabulary)
+
+
+def windows(text, tokenizer, count=4, length=32, **options):
+    counts = count if isinstance(count, tuple) else (count, count)
+    return both(text, tokenizer, counts, length, **options).gathered
 
 
 def test_json_lines_give_texts_and_rendered_chats(lines, tokenizer):
@@ -43,18 +47,40 @@ def test_windows_are_pieces_of_the_text_drawn_by_the_seed(text, tokenizer):
     assert all(tuple(row) in pieces for row in first.tolist())
     assert torch.equal(first, windows(text, tokenizer))
     assert not torch.equal(first, windows(text, tokenizer, seed=1))
-    more = windows(text, tokenizer, (4, 8))
-    assert torch.equal(more[:4], first)
-    assert len(windows(text, tokenizer, (4, 10_000))) == len(whole) // 32
+    more = both(text, tokenizer, (4, 10_000))
+    assert torch.equal(more.gathered, first)
+    assert len(more.short) == len(whole) // 32 - 4
 
 
-def test_special_tokens_frame_every_window(text, byte_tokenizer):
+def test_windows_to_recover_on_are_short_and_of_other_tokens(text, tokenizer, monkeypatch):
+    monkeypatch.setattr("sketchconv.calibration.windows.SHORT", 8)
+    found = both(text, tokenizer, (4, 6))
+    assert found.short.shape == (8, 8)
+    assert torch.equal(found.short.view(2, 32), windows(text, tokenizer, 6)[4:])
+    again = both(text, tokenizer, (4, 4))  # no other tokens: the same ones
+    assert torch.equal(again.short.view(4, 32), again.gathered)
+
+
+def test_short_windows_have_the_special_tokens_too(text, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr("sketchconv.calibration.windows.SHORT", 10)
+    rows = both(text, framed(byte_tokenizer), (2, 4), 26).short
+    assert rows.shape == (6, 10)
+    assert (rows[:, [0, -1]] == 256).all()
+    assert (rows[:, 1:-1] != 256).all()
+
+
+def framed(byte_tokenizer):
     from tokenizers.processors import TemplateProcessing
 
     fast = byte_tokenizer()
     fast._tokenizer.post_processor = TemplateProcessing(
         single="<eos> $A <eos>", special_tokens=[("<eos>", 256)]
     )
+    return fast
+
+
+def test_special_tokens_frame_every_window(text, byte_tokenizer):
+    fast = framed(byte_tokenizer)
     assert special_tokens(fast) == ([256], [256])
     rows = windows(text, fast)
     assert (rows[:, 0] == 256).all()

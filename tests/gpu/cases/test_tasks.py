@@ -23,22 +23,26 @@ SHAPES = [  # bits, rows, columns, groups: tails of rows, columns and bytes, sev
 ]
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def several(case, count: int) -> torch.Tensor:
     """LUTs ``[count, rows, groups, entries]``: that of the sketch, and others."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
-    noise = torch.randn(count, *case.lut.shape, generator=generator).to(case.lut.dtype)
+    noise = torch.randn(count, *case.lut.shape, generator=seeded(3)).to(case.lut.dtype)
     noise[0] = case.lut
     return noise
 
 
 def choose(tokens: int, count: int) -> torch.Tensor:
-    generator = torch.Generator(torch.get_default_device()).manual_seed(4)
-    return torch.randint(0, count, (tokens,), generator=generator)
+    return torch.randint(0, count, (tokens,), generator=seeded(4))
 
 
 def check(case, tokens: int, count: int, dtype: torch.dtype, order: str = "planes-le") -> None:
     luts, chosen = several(case, count), choose(tokens, count)
-    x = torch.randn(tokens, case.columns, generator=torch.Generator(torch.get_default_device()).manual_seed(5)).to(dtype)
+    x = torch.randn(
+        tokens, case.columns, generator=torch.Generator(torch.get_default_device()).manual_seed(5)
+    ).to(dtype)
     found = tasks.multiply_tasks(x, case.on(order), luts, chosen, order)
     # Tiles of many tokens take the weights in the dtype of x.
     entries = luts.to(dtype) if tokens > tasks.FEW else luts
@@ -127,7 +131,9 @@ def test_tiles_cover_every_token_once(tokens, count, size):
 def test_two_runs_agree_to_the_bit(sketch, tokens):
     case = sketch(9, 200, 3, 2)
     luts, chosen = several(case, 3), choose(tokens, 3)
-    x = torch.randn(tokens, 200, generator=torch.Generator(torch.get_default_device()).manual_seed(6))
+    x = torch.randn(
+        tokens, 200, generator=torch.Generator(torch.get_default_device()).manual_seed(6)
+    )
     runs = [tasks.multiply_tasks(x, case.index, luts, chosen) for _ in range(2)]
     assert torch.equal(*runs)
 
