@@ -113,6 +113,7 @@ def _windows(
         options.seq_len,
         seed=options.seed,
         vocabulary=rows,
+        strict=options.tokens is not None,
     )
 
 

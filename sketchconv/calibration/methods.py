@@ -34,7 +34,9 @@ class Method:
         last_sweeps: and after it, with the LUTs as they are stored.
         refit_steps: conjugate gradient steps of a refit.
         asymmetric: aim at the dense model's outputs from the compressed model's inputs.
-        ridge: regularisation of that target, as a part of the mean of H's diagonal.
+        ridge: regularisation of that target, as a part of the mean of H's diagonal. At 3 bits 0.3,
+            0.6 and 1.0 gave a KL of 0.192, 0.196 and 0.201 on text like the calibration's, and of
+            0.92, 0.87 and 0.84 on other text.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Method:
     last_sweeps: int = 1
     refit_steps: int = 0
     asymmetric: bool = False
-    ridge: float = 0.3
+    ridge: float = 0.6
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(

@@ -11,7 +11,11 @@ from sketchconv.errors import RecipeError
 
 SELF = "self"
 MAX_RECOVERED_BITS = 3
-DEFAULT_RECOVERY_TOKENS = 16_384
+# SmolLM2-135M at 3 bits, KL to the dense model on WikiText-2's test split: 0.234 gathered from
+# 16,384 tokens of the validation split, 0.192 from 65,536 and 0.181 from 131,072; from 65,536 and
+# then recovered on 16,384 tokens 0.185, on 32,768 0.180 and on 65,536 0.176.
+DEFAULT_TOKENS = 65_536
+DEFAULT_RECOVERY_TOKENS = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,8 @@ class Calibration:
         text: a ``.txt`` or ``.jsonl`` file, ``"self"`` for text that the model writes itself, a
             data set's id on the Hub, or several of these, which then give equal shares; None only
             for methods that need no data.
-        tokens: tokens whose activations are gathered, rounded up to whole windows.
+        tokens: tokens whose activations are gathered, rounded up to whole windows; None takes
+            65,536, or fewer where the texts have no more.
         seq_len: tokens per window.
         seed: decides which windows of the text are taken, and what the model writes.
         method: name of a method, see `sketchconv.calibration.methods`.
@@ -31,7 +36,7 @@ class Calibration:
     """
 
     text: str | Path | tuple[str | Path, ...] | None = None
-    tokens: int = 16_384
+    tokens: int | None = None
     seq_len: int = 1024
     seed: int = 0
     method: str = "sketch"
@@ -41,6 +46,8 @@ class Calibration:
     def __post_init__(self) -> None:
         for field, low in (("tokens", 1), ("seq_len", 2), ("seed", 0)):
             value = getattr(self, field)
+            if value is None and field == "tokens":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise RecipeError(
                     f"calibration: {field} must be an integer of at least {low}, got {value!r}"
@@ -58,8 +65,8 @@ class Calibration:
 
     @property
     def windows(self) -> int:
-        """Windows whose activations are gathered."""
-        return -(-self.tokens // self.seq_len)
+        """Windows whose activations are gathered: so many, or without `tokens` at most."""
+        return -(-(self.tokens or DEFAULT_TOKENS) // self.seq_len)
 
     def recovery_tokens(self, bits: int) -> int:
         """Tokens to recover on: as asked for, or by default some at 3 bits and below."""
@@ -70,10 +77,11 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the sketch's document; files by name only, never by path."""
+        tokens = self.windows * self.seq_len if self.texts else 0
         return {
             "method": self.method,
             "texts": [Path(text).name if Path(text).suffix else text for text in self.texts],
-            "tokens": self.windows * self.seq_len if self.texts else 0,
+            "tokens": tokens if self.tokens is not None else f"at most {tokens}",
             "seq_len": self.seq_len,
             "seed": self.seed,
         }

@@ -109,7 +109,8 @@ class _Writer:
         for n in range(length):
             token = self._next(place, logits)
             written[:, n] = token
-            ended = torch.isin(token, self._ends)
+            # Where one token opens documents and ends them too, the opening ends none.
+            ended = torch.isin(token, self._ends) & (place >= len(self._opening))
             place = torch.where(ended, 0, place + 1)
             if n + 1 < length:
                 new = written[:, : n + 1] if cache is None else token.unsqueeze(1)

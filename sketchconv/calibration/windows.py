@@ -42,6 +42,7 @@ def text_windows(
     *,
     seed: int,
     vocabulary: int,
+    strict: bool = True,
 ) -> TextWindows:
     """Windows of a text.
 
@@ -56,6 +57,7 @@ def text_windows(
         seq_len: tokens per window, special tokens included.
         seed: decides which windows are drawn.
         vocabulary: rows of the model's embedding.
+        strict: refuse a text that has not the least count; else both counts shrink alike.
 
     Raises:
         CalibrationError: too short a text, or a token that the model does not have.
@@ -69,6 +71,9 @@ def text_windows(
         )
     documents = read_documents(text, tokenizer, count[1] * seq_len)
     tokens = _token_ids(documents, tokenizer)
+    available = len(tokens) // inner
+    if not strict and available < count[1]:
+        count = (max(1, available * count[0] // count[1]), available)
     drawn = _draw(tokens, text, count, inner, seed)
     check_vocabulary(drawn, vocabulary, text)
     first, rest = drawn[: count[0]], drawn[count[0] :]

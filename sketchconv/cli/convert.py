@@ -44,7 +44,9 @@ _BITS = click.IntRange(1, 8)
     help="Calibrate on a .txt or .jsonl file, 'self' (text that the model writes itself) or a data "
     "set of the Hub; several give equal shares.",
 )
-@click.option("--tokens", type=click.IntRange(1), help="Calibration tokens. [default: 16384]")
+@click.option(
+    "--tokens", type=click.IntRange(1), help="Calibration tokens. [default: 65536, if there are]"
+)
 @click.option("--seq-len", type=click.IntRange(2), help="Tokens per window. [default: 1024]")
 @click.option("--seed", type=click.IntRange(0), help="Of the choice of windows. [default: 0]")
 @click.option(
@@ -55,7 +57,7 @@ _BITS = click.IntRange(1, 8)
     "--recover",
     type=click.IntRange(0),
     metavar="TOKENS",
-    help="Train the LUTs on so many tokens; 0 for none. [default: 16384 at 3 bits and below]",
+    help="Train the LUTs on so many tokens; 0 for none. [default: 32768 at 3 bits and below]",
 )
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--threads", type=click.IntRange(1), help="Solver threads. [default: all cores]")

@@ -93,11 +93,12 @@ class Ruler:
         last = window.ids.shape[0] - 1
         for begin in range(window.first, last, network.block()):
             end = min(begin + network.block(), last)
-            logits = network.logits(states[-1][0, begin:end]).cpu()
+            logits = network.logits(states[-1][0, begin:end])
             theirs = None
             if self.reference is not None and known is not None:
-                theirs = self.reference.logits(known[-1][0, begin:end]).cpu()
-            parts.append(score(logits, window.ids[begin + 1 : end + 1], theirs))
+                theirs = self.reference.logits(known[-1][0, begin:end]).to(logits.device)
+            targets = window.ids[begin + 1 : end + 1].to(logits.device)
+            parts.append(score(logits, targets, theirs))
         scores = joined(parts)
         if bool(torch.isnan(scores.loss).any()):
             raise EvaluationError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What one window's predictions are worth, each float64 [predictions], in nats.
+    """What one window's predictions are worth, each float64 [predictions] on the CPU, in nats.
 
     Args:
         loss: minus the log-probability of the token that came.
@@ -28,7 +28,7 @@ class TokenScores:
 
 
 def score(logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> TokenScores:
-    """Score predictions.
+    """Score predictions, on the device where their logits are.
 
     Args:
         logits: float32 [n, vocabulary].
@@ -43,12 +43,12 @@ def score(logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> T
     # Terms of a token that the reference excludes (log 0) are 0, not NaN.
     gap = torch.where(log_p.isneginf(), 0.0, log_p - log_q)
     divergence = (log_p.exp() * gap).sum(-1, dtype=torch.float64)
-    agreement = (logits.argmax(-1) == reference.argmax(-1)).double()
-    return TokenScores(loss, divergence, agreement, _loss(log_p, targets))
+    agreement = (logits.argmax(-1) == reference.argmax(-1)).double().cpu()
+    return TokenScores(loss, divergence.cpu(), agreement, _loss(log_p, targets))
 
 
 def _loss(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    return -log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1).double()
+    return -log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1).double().cpu()
 
 
 def joined(parts: Sequence[TokenScores]) -> TokenScores:

@@ -6,7 +6,7 @@ Methods are ranked by their KL to the dense model. Finished rows are kept in a f
 can be stopped and taken up again.
 
     python tests/bench/bench_methods.py --calibration wikitext2-valid.txt --text wikitext2-test.txt
-        [--bits 4 3 2] [--groups 1 4] [--only 'sketch*' ...] [--windows 16] [--plot table.png]
+        [--bits 4 3 2] [--groups 1 4] [--only 'sketch*' ...] [--device cuda] [--plot table.png]
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Bench:
         texts = {options.text.stem: read_text(options.text), "python": other_domain()}
         self.ruler = Ruler(
             [Text(n, tuple(cut_windows(tokenizer, t, cut, n))) for n, t in texts.items()],
-            open_network(self.dense),
+            open_network(self.dense, device=options.device),
             remember=True,
         )
 
@@ -106,12 +106,13 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             model, bits_per_weight = self._make(row, Path(folder))
             seconds = time.perf_counter() - started
-            measured = self.ruler.measure(Network(model, row.title))
+            measured = self.ruler.measure(Network(model.to(self.options.device), row.title))
         own = {text.text: text.perplexity for text in measured.reference or ()}
         return {
             "row": row.title,
             "bits_per_weight": bits_per_weight,
             "seconds": seconds,
+            "device": self.options.device,
             "texts": {text.text: asdict(text) for text in measured.texts},
             "layers": measured.layers,
             "dense": own,
@@ -184,7 +185,7 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     names = list(next(iter(records.values()))["texts"])
     head = f"{'method':24}{'bits/w':>8}"
     head += "".join(f"{n[:14] + ' ppl':>20}{'KL +- s.e.':>18}{'top-1':>8}" for n in names)
-    lines = [head + f"{'seconds':>9}"]
+    lines = [head + f"{'seconds':>9}  device"]
     dense = next(iter(records.values()))["dense"]
     lines.append(f"{'dense':32}" + "".join(f"{dense[n]:20.2f}{'':26}" for n in names))
 
@@ -200,7 +201,7 @@ def table(records: dict[str, dict[str, Any]]) -> str:
             kl, same = text["divergence"]["kl"], text["divergence"]["agreement"]["mean"]
             spread = f"{kl['mean']:.4f} +- {kl['error'] or 0:.4f}"
             line += f"{text['perplexity']:20.2f}{spread:>18}{100 * same:7.1f}%"
-        lines.append(line + f"{record['seconds']:9.0f}")
+        lines.append(line + f"{record['seconds']:9.0f}  {record['device']}")
     return "\n".join(lines)
 
 
@@ -232,8 +233,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows, as 'sketch* 3 G=1'")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens")
-    parser.add_argument("--recover", type=int, default=16_384, help="tokens to recover on")
+    parser.add_argument("--tokens", type=int, default=65_536, help="calibration tokens")
+    parser.add_argument("--recover", type=int, default=32_768, help="tokens to recover on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)

@@ -19,8 +19,10 @@ def tokenizer(llama):
     return AutoTokenizer.from_pretrained(llama)
 
 
-def both(text, tokenizer, counts, length=32, *, seed=0, vocabulary=260):
-    return text_windows(str(text), tokenizer, counts, length, seed=seed, vocabulary=vocabulary)
+def both(text, tokenizer, counts, length=32, *, seed=0, vocabulary=260, **options):
+    return text_windows(
+        str(text), tokenizer, counts, length, seed=seed, vocabulary=vocabulary, **options
+    )
 
 
 def windows(text, tokenizer, count=4, length=32, **options):
@@ -59,6 +61,16 @@ def test_windows_to_recover_on_are_short_and_of_other_tokens(text, tokenizer, mo
     assert torch.equal(found.short.view(2, 32), windows(text, tokenizer, 6)[4:])
     again = both(text, tokenizer, (4, 4))  # no other tokens: the same ones
     assert torch.equal(again.short.view(4, 32), again.gathered)
+
+
+def test_a_text_that_is_short_is_shared_out_if_no_count_was_asked_for(text, tokenizer):
+    available = len(tokenizer(text.read_text())["input_ids"]) // 32
+    asked = (2 * available, 3 * available)
+    found = both(text, tokenizer, asked, strict=False)
+    assert len(found.gathered) == available * 2 // 3
+    assert len(found.short) == available - len(found.gathered)
+    with pytest.raises(CalibrationError, match="take a longer text, or --tokens"):
+        both(text, tokenizer, asked)
 
 
 def test_short_windows_have_the_special_tokens_too(text, byte_tokenizer, monkeypatch):

@@ -31,7 +31,10 @@ def test_sequences_of_one_window(makers, monkeypatch):
     assert (ids.reshape(-1, 8)[:, 0] == 1).all()
 
 
-def test_an_ended_document_is_followed_by_a_new_one(makers):
+@pytest.mark.parametrize("end", [2, 1])
+def test_an_ended_document_is_followed_by_a_new_one(makers, monkeypatch, end):
+    """Also where the token that opens a document is the one that ends it, as in GPT-2."""
+
     class Ends(torch.nn.Module):
         """A model that ends every document after the words that it does not choose itself."""
 
@@ -43,14 +46,15 @@ def test_an_ended_document_is_followed_by_a_new_one(makers):
 
         def forward(self, input_ids, past_key_values, use_cache):
             logits = torch.zeros(*input_ids.shape, 93)
-            logits[..., 2] = 100
+            logits[..., end] = 100
             return type("Out", (), {"logits": logits})
 
+    monkeypatch.setattr(module, "ends", lambda model, tokenizer: torch.tensor([end]))
     ids = self_written(Ends(), makers.tokenizer(), 24, 12, 0)
     pieces = ids.reshape(-1, 3)
     assert (pieces[:, 0] == 1).all()
     assert (pieces[:, 1] >= 3).all()
-    assert (pieces[:, 2] == 2).all()
+    assert (pieces[:, 2] == end).all()
 
 
 def test_without_a_cache_the_text_is_the_same(makers):
