@@ -38,11 +38,6 @@ class Factor:
     damping: float
     dead: int
 
-    @property
-    def inverse_order(self) -> Tensor:
-        """Where each original column went."""
-        return self.order.argsort()
-
 
 @dataclass
 class Factors:

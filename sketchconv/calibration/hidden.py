@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from sketchconv.calibration.mapped import map_new
 
 
 class HiddenStates:
@@ -25,11 +26,8 @@ class HiddenStates:
         self.path = path
         if path is None:
             self._values = torch.empty(shape, dtype=dtype)
-            return
-        path.unlink(missing_ok=True)
-        size = math.prod(shape)
-        flat = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
-        self._values = flat.view(shape)
+        else:
+            self._values = map_new(path, shape, dtype)
 
     def __len__(self) -> int:
         return self._values.shape[0]

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sketchconv.architecture import open_skeleton
 from sketchconv.calibration.devices import find_device
 from sketchconv.calibration.report import RecoveryReport
 from sketchconv.calibration.state import RECOVERED, save_tensors
+from sketchconv.calibration.streams import find_head
 from sketchconv.calibration.teacher import Teacher
+from sketchconv.calibration.weights import Weights
+from sketchconv.formats.rules import INDEX_SUFFIX, LUT_SUFFIX, WEIGHT_SUFFIX
 from sketchconv.sources.base import Source
 
 if TYPE_CHECKING:
@@ -52,7 +55,8 @@ def recover_draft(
         if tick is not None:
             tick(f"recovery: loss {event.loss:.4f}", event.step, event.steps)
 
-    options = RecoveryOptions(tokens=tokens)
+    seed = job.calibration.seed if job.calibration else 0
+    options = RecoveryOptions(tokens=tokens, seed=seed)
     if tick is not None:
         tick("recovery: measuring first", 0, 1)
     try:
@@ -88,9 +92,6 @@ def _not_run(note: str) -> RecoveryReport:
 
 def _sketches(student: Any, source: Source) -> dict[str, Tensor]:
     """Packed indices and LUTs of every sketch, under their stored names."""
-    from sketchconv.architecture import open_skeleton
-    from sketchconv.formats.rules import INDEX_SUFFIX, LUT_SUFFIX, WEIGHT_SUFFIX
-
     mapping = open_skeleton(source.config(), source.infos)[1]
     stems = {
         name.removesuffix(WEIGHT_SUFFIX): stored.removesuffix(WEIGHT_SUFFIX)
@@ -110,10 +111,9 @@ def _dense_head(source: Source, student: Any) -> Tensor | None:
     output = student.get_output_embeddings()
     if output is None or isinstance(getattr(output, "weight", None), torch.nn.Parameter):
         return None
-    rows = (output.rows, output.columns)
-    for name in ("lm_head.weight", *source.infos):
-        info = source.infos.get(name)
-        if info is not None and info.shape == rows:
-            raw = source.rows(name, 0, rows[0])
-            return torch.from_numpy(np.array(source.float32(name, raw))).to(torch.bfloat16)
-    return None
+    model, mapping = open_skeleton(source.config(), source.infos)
+    head = find_head(model)
+    path = next(name for name, module in model.named_modules() if module is head)
+    weights = Weights(model, mapping, source, torch.bfloat16, torch.device("cpu"))
+    stored = weights.stored_name(f"{path}{WEIGHT_SUFFIX}")
+    return None if stored is None else weights.float32(stored).to(torch.bfloat16)

@@ -79,7 +79,7 @@ class CalibrationState:
                 f"{self.folder}: in the way of this calibration's state; move or delete it"
             )
         self.folder.mkdir(exist_ok=True)
-        _write(file, json.dumps(self._fingerprint, indent=1).encode())
+        write_bytes(file, json.dumps(self._fingerprint, indent=1).encode())
 
     def _compare(self, file: Path) -> None:
         try:
@@ -171,7 +171,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     _replace(unfinished, path)
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file: all of it, or nothing."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_bytes(data)
     _replace(unfinished, path)

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sketchconv.calibration.mapped import map_file, map_new
+from sketchconv.calibration.state import write_bytes
+
 _DTYPE = torch.bfloat16
 
 
@@ -38,7 +41,7 @@ class Teacher:
         """Keep the states ``[n, seq, hidden]`` of windows from `begin` on."""
         if self._values is None:
             self._mark.unlink(missing_ok=True)
-            self._values = self._open(hidden.shape[-1])
+            self._values = map_new(self._file, (*self._windows, hidden.shape[-1]), _DTYPE)
         self._values[begin : begin + len(hidden)] = hidden.to("cpu", _DTYPE)
 
     def finish(self) -> None:
@@ -46,15 +49,10 @@ class Teacher:
         if self._values is not None:
             width = self._values.shape[-1]
             self._values = None
-            self._mark.write_text(json.dumps({"windows": self._digest, "width": width}))
+            mark = json.dumps({"windows": self._digest, "width": width})
+            write_bytes(self._mark, mark.encode())
 
     def hidden(self) -> Tensor:
         """All states, mapped from the file."""
-        return self._open(int(json.loads(self._mark.read_bytes())["width"]))
-
-    def _open(self, width: int) -> Tensor:
-        count, length = self._windows
-        flat = torch.from_file(
-            str(self._file), shared=True, size=count * length * width, dtype=_DTYPE
-        )
-        return flat.view(count, length, width)
+        width = int(json.loads(self._mark.read_bytes())["width"])
+        return map_file(self._file, (*self._windows, width), _DTYPE)

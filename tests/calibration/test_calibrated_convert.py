@@ -353,3 +353,18 @@ def test_text_that_the_model_writes_itself(llama, tmp_path):
     assert report.calibration.tokens == 128
     with SktchModel.open(out) as model:
         assert model.manifest.recipe["calibration"]["texts"] == ["self"]
+
+
+def test_the_dense_head_is_found_where_the_students_own_is_sketched(llama, text, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from sketchconv.calibration.recovering import _dense_head
+
+    out = tmp_path / "tiny.sktch"
+    convert(llama, out, text, recipe(embed_bits=4))
+    source, student = job_source(llama), sketchconv.load(out)
+    found = _dense_head(source, student)
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    assert torch.equal(found, dense.lm_head.weight)
+    assert _dense_head(source, dense) is None
+    source.close()
