@@ -34,9 +34,10 @@ class Method:
         last_sweeps: and after it, with the LUTs as they are stored.
         refit_steps: conjugate gradient steps of a refit.
         asymmetric: aim at the dense model's outputs from the compressed model's inputs.
-        ridge: regularisation of that target, as a part of the mean of H's diagonal. At 3 bits 0.3,
-            0.6 and 1.0 gave a KL of 0.192, 0.196 and 0.201 on text like the calibration's, and of
-            0.92, 0.87 and 0.84 on other text.
+        ridge: regularisation of that target, as a part of the mean of H's diagonal.
+        coarse_ridge: the same at 3 bits and fewer, where more of it holds better on other text. KL
+            with 0.3 and 0.6 on text like the calibration's, then on other text: .049 and .052, .213
+            and .214 at 4 bits; .192 and .196, .92 and .87 at 3; .630 and .638, 3.25 and 3.18 at 2.
     """
 
     name: str
@@ -52,7 +53,8 @@ class Method:
     last_sweeps: int = 1
     refit_steps: int = 0
     asymmetric: bool = False
-    ridge: float = 0.6
+    ridge: float = 0.3
+    coarse_ridge: float = 0.6
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -75,6 +77,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )  # fmt: skip
 
 DEFAULT_METHOD = "sketch"
+COARSE_BITS = 3
 # For second moments that were propagated and not measured: see `sketchconv/covariances.py`.
 WITHOUT_DATA = Method("without data", damping=0.1, act_order=True, compensate=True, rounds=1,
                       refit_steps=6)  # fmt: skip
@@ -89,6 +92,11 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         raise RecipeError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
+
+
+def ridge_at(method: Method, bits: int) -> float:
+    """The method's regularisation of asymmetric targets for indices of so many bits."""
+    return method.coarse_ridge if bits <= COARSE_BITS else method.ridge
 
 
 def needs_statistics(method: Method) -> bool:

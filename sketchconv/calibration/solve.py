@@ -11,7 +11,7 @@ import torch
 from sketchconv.calibration.damping import choose_damping
 from sketchconv.calibration.factors import Factors
 from sketchconv.calibration.grids import LUT_DTYPES
-from sketchconv.calibration.methods import needs_statistics
+from sketchconv.calibration.methods import needs_statistics, ridge_at
 from sketchconv.calibration.rows import Fit, errors
 from sketchconv.calibration.spans import Request, fit, fit_plain, one_thread, spread
 from sketchconv.calibration.targets import target
@@ -123,7 +123,7 @@ def _goal(weight: Tensor, statistics: Statistics, factors: Factors, request: Req
         return weight
     residual = statistics.residual
     own = None if residual is None else residual.to(weight.device)
-    return target(weight, factors, own, request.method.ridge, request.threads)
+    return target(weight, factors, own, ridge_at(request.method, request.bits), request.threads)
 
 
 def _notes(factor: Factor, damping: float) -> tuple[str, ...]:
