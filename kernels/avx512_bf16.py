@@ -18,6 +18,7 @@ from sketchconv.kernels.avx512_ir import (
     I32,
     I64,
     LANES,
+    VF32,
     VI32,
     call,
     field_bytes,
@@ -30,6 +31,8 @@ from sketchconv.kernels.avx512_ir import (
     pointer,
     splat,
 )
+from sketchconv.kernels.avx512_woven import block_weights, for_blocks
+from sketchconv.kernels.orders import WOVEN
 from sketchconv.kernels.planes import fields
 
 COLUMNS = 32  # of one register
@@ -110,9 +113,28 @@ def _store(b: Any, value: Any, address: Any, left: Any | None) -> None:
     call(b, "llvm.masked.store.v32i16.p0", ir.VoidType(), args)
 
 
-def _emit(b: Any, bits: int, lut: str, args: list[Any]) -> None:
-    """One group; see `decode_group_bf16` for the arguments."""
+def _emit_woven(b: Any, lut: str, args: list[Any]) -> list[Any]:
+    """The woven blocks of a group; index, tables, target and columns of what is left."""
     index, tables_at, target, columns = args
+    wide = [b.zext(round_bf16(b, table), VI32) for table in load_tables(b, tables_at, 3, lut)]
+    tables = [b.bitcast(table, VF32) for table in wide]
+    order = ir.Constant(ir.VectorType(I32, COLUMNS), list(range(0, 2 * COLUMNS, 2)))
+
+    def decode(byte: Any, column: Any) -> None:
+        to = b.add(target, b.mul(column, I64(2)))
+        found = [b.bitcast(w, V16) for w in block_weights(b, tables, b.add(index, byte))]
+        for number, pair in enumerate(zip(found[::2], found[1::2], strict=True)):
+            value = b.shuffle_vector(*pair, order)
+            _store(b, value, b.add(to, I64(2 * COLUMNS * number)), None)
+
+    size, done = for_blocks(b, columns, decode)
+    to = b.add(target, b.mul(done, I64(2)))
+    return [b.add(index, size), tables_at, to, b.sub(columns, done)]
+
+
+def _emit(b: Any, bits: int, lut: str, order: str, args: list[Any]) -> None:
+    """One group; see `decode_group_bf16` for the arguments."""
+    index, tables_at, target, columns = _emit_woven(b, lut, args) if order == WOVEN else args
     tables = _tables(b, tables_at, bits, lut)
     starts = plane_starts(b, index, plane_bytes(b, bits, columns))
     full, tail = b.udiv(columns, I64(COLUMNS)), b.urem(columns, I64(COLUMNS))
@@ -132,16 +154,16 @@ def _emit(b: Any, bits: int, lut: str, args: list[Any]) -> None:
 
 
 def _decode_group_bf16(
-    typing: Any, bits: Any, lut: Any, index: Any, tables: Any, target: Any, columns: Any
+    typing: Any, bits: Any, lut: Any, order: Any, index: Any, tables: Any, target: Any, columns: Any
 ) -> Any:
     """Write the `columns` weights of one group to the address `target` as bfloat16."""
-    static = (bits.literal_value, lut.literal_value)
+    static = (bits.literal_value, lut.literal_value, order.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _emit(builder, *static, list(args[2:]))
+        _emit(builder, *static, list(args[3:]))
         return context.get_dummy_value()
 
-    return types.void(bits, lut, *[types.int64] * 4), codegen
+    return types.void(bits, lut, order, *[types.int64] * 4), codegen
 
 
 decode_group_bf16: Any = intrinsic(prefer_literal=True)(_decode_group_bf16)

@@ -104,13 +104,16 @@ def load_tables(b: Any, address: Any, bits: int, lut: str) -> list[Any]:
     return [b.shuffle_vector(tables[0], empty, ir.Constant(VI32, order)) for order in _SHORT[bits]]
 
 
-_SHORT = {  # entry of the LUT in each lane of each table, see the blocks in `avx512_blocks.py`
+_SHORT = {  # entry of the LUT in each lane of each table: `avx512_blocks.py`, `avx512_woven.py`
     1: [[i >> code & 1 for i in range(LANES)] for code in range(4)],
     2: [[i >> code & 3 for i in range(LANES)] for code in (0, 2)],
     3: [
         [i % 8 for i in range(LANES)],
         [i >> 2 | (i & 1) << 2 for i in range(LANES)],
         [i >> 2 | (i >> 1 & 1) << 2 for i in range(LANES)],
+        [i >> 1 for i in range(LANES)],
+        [i & 1 | i >> 2 << 1 for i in range(LANES)],
+        [i & 3 | i >> 3 << 2 for i in range(LANES)],
     ],
 }
 

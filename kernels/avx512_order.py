@@ -1,4 +1,4 @@
-"""Activations in the order in which AVX-512 blocks yield their weights (`avx512_blocks.py`).
+"""Activations in the order in which AVX-512 blocks yield their weights (`avx512_plan.py`).
 
 A block of activations stays in registers: it is brought into order by rounds of two-register
 shuffles, about 0.15 ns per activation, where a loop over single elements takes 2 ns.
@@ -13,8 +13,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sketchconv.kernels.avx512_blocks import Block, blocks
+from sketchconv.kernels.avx512_blocks import Block
 from sketchconv.kernels.avx512_ir import I32, I64, LANES, VI32, call, local, pointer, splat
+from sketchconv.kernels.avx512_plan import blocks
 
 
 def reorder(b: Any, vectors: list[Any], order: tuple[int, ...]) -> list[Any]:
@@ -117,7 +118,7 @@ def _arrange(
     typing: Any,
     bits: Any,
     lut: Any,
-    vbmi: Any,
+    way: Any,
     half: Any,
     x: Any,
     target: Any,
@@ -128,7 +129,7 @@ def _arrange(
 
     `x` holds float32 or (`half`) bfloat16, `target` has room for `padded_columns` float32 a group.
     """
-    plan = blocks(bits.literal_value, lut.literal_value, bool(vbmi.literal_value))
+    plan = blocks(bits.literal_value, lut.literal_value, way.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         b = builder
@@ -140,17 +141,17 @@ def _arrange(
             _emit_group(b, plan, short, at, b.add(into, b.mul(group.index, room)), width)
         return context.get_dummy_value()
 
-    return types.void(bits, lut, vbmi, types.boolean, *[types.int64] * 4), codegen
+    return types.void(bits, lut, way, types.boolean, *[types.int64] * 4), codegen
 
 
-def _padded_columns(typing: Any, bits: Any, lut: Any, vbmi: Any, columns: Any) -> Any:
+def _padded_columns(typing: Any, bits: Any, lut: Any, way: Any, columns: Any) -> Any:
     """Columns of a group, with those that fill its last block."""
-    plan = blocks(bits.literal_value, lut.literal_value, bool(vbmi.literal_value))
+    plan = blocks(bits.literal_value, lut.literal_value, way.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return padded(builder, plan, args[3])
 
-    return types.int64(bits, lut, vbmi, types.int64), codegen
+    return types.int64(bits, lut, way, types.int64), codegen
 
 
 arrange: Any = intrinsic(prefer_literal=True)(_arrange)

@@ -8,6 +8,7 @@ import numpy as np
 
 from sketchconv.kernels.jit import inner, jit
 from sketchconv.kernels.pointers import carray, pointer_to
+from sketchconv.kernels.woven import BLOCK_BYTES, BLOCK_COLUMNS, unweave_block
 
 MOST_LANES, FEWEST_LANES = 16, 4
 
@@ -33,15 +34,21 @@ def _unpack_plane(plane: Any, width: int, codes: Any, shift: Any) -> None:
 
 
 @inner
-def _unpack_group(bits: int, index: int, codes: Any, columns: int) -> None:
+def _unpack_group(bits: int, index: int, codes: Any, columns: int, woven: int) -> None:
     """Codes of the group at the address `index`; `codes` has 8 to spare."""
     codes[:] = 0
-    base, shift = 0, 0
+    base, shift, done = 0, 0, 0
+    if woven:
+        while done + BLOCK_COLUMNS <= columns:
+            words = carray(pointer_to(index + base, np.uint32), (BLOCK_BYTES // 4,))
+            unweave_block(words, codes[done : done + BLOCK_COLUMNS])
+            base += BLOCK_BYTES
+            done += BLOCK_COLUMNS
     for width in (8, 4, 2, 1):
         if bits & width:
-            size = (columns * width + 7) // 8
+            size = ((columns - done) * width + 7) // 8
             plane = carray(pointer_to(index + base, np.uint8), (size,))
-            _unpack_plane(plane, width, codes, shift)
+            _unpack_plane(plane, width, codes[done:], shift)
             base += size
             shift += width
 
@@ -83,7 +90,7 @@ def bucket_sums(
     out: int,
     groups: int,
     columns: int,
-    size: int,
+    woven: int,
 ) -> None:
     """`out[r, g, k] = sum of values[r, c] over the columns c of group g whose code is k`.
 
@@ -102,8 +109,11 @@ def bucket_sums(
         out: address of float32 ``[rows, groups, 2**bits]``.
         groups: groups of a row.
         columns: columns of a group.
-        size: bytes of a group in `index`.
+        woven: 1 where `index` has the order `woven`, 0 for that of the disk.
     """
+    size = 0
+    for width in (8, 4, 2, 1):
+        size += (columns * (bits & width) + 7) // 8
     lanes = min(MOST_LANES, max(FEWEST_LANES, 256 >> bits))
     entries = 1 << bits
     buckets = np.empty(lanes << bits, np.float32)
@@ -112,7 +122,7 @@ def bucket_sums(
     for number in range(begin, end):
         source = carray(pointer_to(ids, np.int64), (end,))[number] if ids else number
         for group in range(groups):
-            _unpack_group(bits, index + (source * groups + group) * size, codes, columns)
+            _unpack_group(bits, index + (source * groups + group) * size, codes, columns, woven)
             _load(values, rest, (number * groups + group) * columns, row, low)
             buckets[:] = 0
             _add(row, codes, buckets, lanes, bits)

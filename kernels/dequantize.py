@@ -16,7 +16,8 @@ _OUTPUTS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 def _run(matrix: Packed, out: Tensor, begin: int, ids: Tensor | None, kernel: str | None) -> None:
     row_lut = matrix.lut.element_size() * matrix.groups << matrix.bits
     row_index = matrix.index.shape[1] * matrix.index.shape[2]
-    run = choose(kernel).decode(matrix.bits, matrix.lut_dtype, _OUTPUTS[out.dtype])
+    kind = (matrix.bits, matrix.lut_dtype, _OUTPUTS[out.dtype], matrix.order)
+    run = choose(kernel).decode(*kind)
     args = (
         matrix.index_pointer + begin * row_index,
         matrix.lut_pointer + begin * row_lut,

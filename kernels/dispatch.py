@@ -10,7 +10,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Protocol
+
+from sketchconv.kernels.orders import PLANES, WOVEN
 
 AVX512_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 AVX2_FEATURES = ("avx2", "fma", "f16c")
@@ -66,7 +69,18 @@ class Decode(Protocol):
         """Run the kernel."""
 
 
-Kernels = tuple[Callable[[int, str], Multiply], Callable[[int, str, str], Decode]]
+class MakeMultiply(Protocol):
+    """Makes the kernel of products; a ValueError where it cannot read the order."""
+
+    def __call__(self, bits: int, lut: str, order: str = PLANES, /) -> Multiply:
+        """The kernel for `bits`, a LUT of dtype `lut` and an index in `order`."""
+
+
+class MakeDecode(Protocol):
+    """Makes the kernel of rows; a ValueError where it cannot read the order."""
+
+    def __call__(self, bits: int, lut: str, out: str, order: str = PLANES, /) -> Decode:
+        """The kernel for `bits`, a LUT of dtype `lut`, rows of `out` and an index in `order`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +95,16 @@ class Rejected:
 class Choice:
     """The kernels to use: `multiply(bits, lut)` and `decode(bits, lut, out)` make them.
 
-    What they make are Numba dispatchers: compiled code can call them as well.
+    What they make are Numba dispatchers: compiled code can call them as well. `orders` are those
+    that the kernels read.
     """
 
     name: str
     reason: str
     rejected: tuple[Rejected, ...]
-    multiply: Callable[[int, str], Multiply]
-    decode: Callable[[int, str, str], Decode]
+    multiply: MakeMultiply
+    decode: MakeDecode
+    orders: tuple[str, ...] = (PLANES,)
 
 
 @cache
@@ -120,36 +136,59 @@ def why_not(needs: tuple[str, ...], features: frozenset[str] | None = None) -> s
     return f"this CPU lacks {', '.join(missing)}" if missing else None
 
 
-def _avx512(features: frozenset[str]) -> Kernels:
+def _avx512(features: frozenset[str]) -> tuple[MakeMultiply, MakeDecode]:
     from sketchconv.kernels import gemv_avx512 as kernels
 
     vbmi = "avx512vbmi" in features
-    return lambda bits, lut: kernels.multiply_kernel(bits, lut, vbmi), kernels.decode_kernel
+
+    def multiply(bits: int, lut: str, order: str = PLANES, /) -> Multiply:
+        made: Multiply = kernels.multiply_kernel(bits, lut, vbmi, order)
+        return made
+
+    def decode(bits: int, lut: str, out: str, order: str = PLANES, /) -> Decode:
+        made: Decode = kernels.decode_kernel(bits, lut, out, order)
+        return made
+
+    return multiply, decode
 
 
-def _avx2(features: frozenset[str]) -> Kernels:
-    from sketchconv.kernels import gemv_avx2 as kernels
+def _of_planes(name: str) -> tuple[MakeMultiply, MakeDecode]:
+    """The kernels in the module `name`, which read the order of the disk."""
+    kernels = import_module(f"sketchconv.kernels.{name}")
 
-    return kernels.multiply_kernel, kernels.decode_kernel
+    def check(order: str) -> None:
+        if order != PLANES:
+            raise ValueError(f"{name} reads an index in the order {PLANES!r}, not {order!r}")
 
+    def multiply(bits: int, lut: str, order: str = PLANES, /) -> Multiply:
+        check(order)
+        made: Multiply = kernels.multiply_kernel(bits, lut)
+        return made
 
-def _portable(features: frozenset[str]) -> Kernels:
-    from sketchconv.kernels import gemv_portable as kernels
+    def decode(bits: int, lut: str, out: str, order: str = PLANES, /) -> Decode:
+        check(order)
+        made: Decode = kernels.decode_kernel(bits, lut, out)
+        return made
 
-    return kernels.multiply_kernel, kernels.decode_kernel
+    return multiply, decode
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     needs: tuple[str, ...]
-    load: Callable[[frozenset[str]], Kernels]
+    load: Callable[[frozenset[str]], tuple[MakeMultiply, MakeDecode]]
     reason: str
+    orders: tuple[str, ...] = (PLANES,)
 
 
 _CANDIDATES = {
-    "avx512": _Candidate(AVX512_FEATURES, _avx512, "look-ups in AVX-512 registers"),
-    "avx2": _Candidate(AVX2_FEATURES, _avx2, "look-ups in AVX2 registers"),
-    "portable": _Candidate((), _portable, "plain Numba, for every CPU"),
+    "avx512": _Candidate(
+        AVX512_FEATURES, _avx512, "look-ups in AVX-512 registers", (PLANES, WOVEN)
+    ),
+    "avx2": _Candidate(
+        AVX2_FEATURES, lambda _: _of_planes("gemv_avx2"), "look-ups in AVX2 registers"
+    ),
+    "portable": _Candidate((), lambda _: _of_planes("gemv_portable"), "plain Numba, for every CPU"),
 }
 
 
@@ -178,6 +217,6 @@ def choose(force: str | None = None) -> Choice:
             reason = candidate.reason
             if name == "avx512" and "avx512vbmi" not in features:
                 reason += ", without AVX512-VBMI"
-            return Choice(name, reason, tuple(rejected), multiply, decode)
+            return Choice(name, reason, tuple(rejected), multiply, decode, candidate.orders)
         rejected.append(Rejected(name, reason))
     raise ValueError("; ".join(f"{r.name}: {r.reason}" for r in rejected if r.name == forced))

@@ -48,7 +48,8 @@ def multiply(matrix: Packed, x: Tensor, kernel: str | None = None) -> Tensor:
         result that it has alone.
 
     Raises:
-        ValueError: `x` has another width, dtype or device; `kernel` is unknown or cannot run here.
+        ValueError: `x` has another width, dtype or device; `kernel` is unknown, cannot run here
+            or does not read the matrix's order.
     """
     tokens = _tokens(matrix, x)
     if tokens > FEW_TOKENS:
@@ -88,7 +89,7 @@ def _multiply_few(
         matrix.groups,
         matrix.group_columns,
     )
-    run = _kernel(kernel, matrix.bits, matrix.lut_dtype)
+    run = _kernel(kernel, matrix.bits, matrix.lut_dtype, matrix.order)
     if matrix.weights < PARALLEL_WEIGHTS:
         run(0, matrix.rows, *args)
     else:
@@ -97,8 +98,8 @@ def _multiply_few(
 
 
 @cache
-def _kernel(name: str | None, bits: int, lut: str) -> Multiply:
-    return choose(name).multiply(bits, lut)
+def _kernel(name: str | None, bits: int, lut: str, order: str) -> Multiply:
+    return choose(name).multiply(bits, lut, order)
 
 
 def _multiply_tiles(matrix: Packed, x: Tensor, kernel: str | None) -> Tensor:

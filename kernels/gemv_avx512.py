@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from sketchconv.kernels.avx512 import BANDS, decode_group, row_dots
+from sketchconv.kernels import avx512_plan
+from sketchconv.kernels.avx512 import row_dots
 from sketchconv.kernels.avx512_bf16 import decode_group_bf16
-from sketchconv.kernels.avx512_blocks import by_bytes
+from sketchconv.kernels.avx512_decode import decode_group
 from sketchconv.kernels.avx512_order import arrange, padded_columns
 from sketchconv.kernels.entries import round_bf16
 from sketchconv.kernels.jit import inner, jit
@@ -38,12 +39,12 @@ def _put(y: int, at: int, value: Any, half: int) -> None:
 
 
 @cache
-def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
+def multiply_kernel(bits: int, lut: str, vbmi: bool, order: str) -> Any:
     """Kernel of `y = x @ W.T`; its arguments are listed at `dispatch.Multiply`."""
-    fast = int(vbmi and (bits == 3 or by_bytes(bits, lut, vbmi)))
+    way = avx512_plan.way_of(bits, lut, vbmi, order)
     lut_bytes = 2**bits * (4 if lut == "F32" else 2)
     widths = fields(bits)
-    bands = BANDS.get(bits, 1)
+    bands = avx512_plan.bands(bits, way)
 
     @jit
     def multiply(
@@ -61,10 +62,10 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
     ) -> None:
         if tokens == 0:
             return
-        width = padded_columns(bits, lut, fast, columns)
+        width = padded_columns(bits, lut, way, columns)
         activations = _aligned(tokens * groups * width)
         target = np.int64(activations.ctypes.data)
-        arrange(bits, lut, fast, half, x, target, tokens * groups, columns)
+        arrange(bits, lut, way, half, x, target, tokens * groups, columns)
         row_bytes = 0
         for field in widths:
             row_bytes += groups * ((columns * field + 7) // 8)
@@ -76,7 +77,7 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
                 codes = index + row * row_bytes
                 luts = tables + row * groups * lut_bytes
                 dots = row_dots(
-                    bits, lut, fast, bands, 1, codes, luts, at, stride, apart, groups, columns
+                    bits, lut, way, bands, 1, codes, luts, at, stride, apart, groups, columns
                 )
                 for band in range(bands):
                     _put(y, row + band * apart, dots[band], half)
@@ -95,18 +96,18 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
                     to = token * rows + row
                     if count == 1:
                         one = row_dots(
-                            bits, lut, fast, 1, 1, codes, luts, at, stride, 0, groups, columns
+                            bits, lut, way, 1, 1, codes, luts, at, stride, 0, groups, columns
                         )
                         _put(y, to, one[0], half)
                     elif count == 2:
                         two = row_dots(
-                            bits, lut, fast, 1, 2, codes, luts, at, stride, 0, groups, columns
+                            bits, lut, way, 1, 2, codes, luts, at, stride, 0, groups, columns
                         )
                         _put(y, to, two[0], half)
                         _put(y, to + rows, two[1], half)
                     else:
                         four = row_dots(
-                            bits, lut, fast, 1, 4, codes, luts, at, stride, 0, groups, columns
+                            bits, lut, way, 1, 4, codes, luts, at, stride, 0, groups, columns
                         )
                         for part in range(4):
                             _put(y, to + part * rows, four[part], half)
@@ -116,7 +117,7 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool) -> Any:
 
 
 @cache
-def decode_kernel(bits: int, lut: str, out: str) -> Any:
+def decode_kernel(bits: int, lut: str, out: str, order: str) -> Any:
     """Kernel that writes rows of W as `out` ("F32" or "BF16"); see `dispatch.Decode`."""
     size = 2 if out == "BF16" else 4
     lut_bytes = 2**bits * (4 if lut == "F32" else 2)
@@ -144,8 +145,8 @@ def decode_kernel(bits: int, lut: str, out: str) -> Any:
                 codes = index + source * group_bytes
                 luts = tables + source * lut_bytes
                 if out == "BF16":
-                    decode_group_bf16(bits, lut, codes, luts, at, columns)
+                    decode_group_bf16(bits, lut, order, codes, luts, at, columns)
                 else:
-                    decode_group(bits, lut, codes, luts, at, columns)
+                    decode_group(bits, lut, order, codes, luts, at, columns)
 
     return decode

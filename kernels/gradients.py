@@ -12,6 +12,7 @@ from sketchconv.kernels.buckets import bucket_sums
 from sketchconv.kernels.crew import share
 from sketchconv.kernels.dequantize import decode_into
 from sketchconv.kernels.gemv import _fast_bf16
+from sketchconv.kernels.orders import WOVEN
 from sketchconv.kernels.packed import Packed
 from sketchconv.kernels.transpose import transpose16
 
@@ -135,7 +136,7 @@ def _sum_rows(
         out.data_ptr(),
         matrix.groups,
         matrix.group_columns,
-        size,
+        int(matrix.order == WOVEN),
     )
     threads = torch.get_num_threads() if values.numel() >= PARALLEL_VALUES else 1
     share(bucket_sums, values.shape[0], args, threads)

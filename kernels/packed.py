@@ -1,4 +1,4 @@
-"""A sketched matrix as it lies on disk, checked once and ready for the CPU kernels."""
+"""A sketched matrix as it lies in memory, checked once and ready for the CPU kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sketchconv.kernels.orders import PLANES, WOVEN
 from sketchconv.kernels.planes import packed_size
+from sketchconv.kernels.woven import differs
 
 LUT_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
@@ -16,8 +18,9 @@ LUT_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"
 class Packed:
     """Checked views of one sketched matrix `[rows, columns]` in CPU memory.
 
-    Make it with `Packed.of`. `index` is uint8 ``[rows, groups, bytes]`` in the packing `planes-le`,
-    `lut` float16, bfloat16 or float32 ``[rows, groups, 2**bits]``, both contiguous.
+    Make it with `Packed.of`. `index` is uint8 ``[rows, groups, bytes]``, `lut` float16, bfloat16 or
+    float32 ``[rows, groups, 2**bits]``, both contiguous. `order` is that of the index: the packing
+    `planes-le` of the disk, or `woven`.
     """
 
     index: Tensor
@@ -27,6 +30,7 @@ class Packed:
     columns: int
     bits: int
     lut_dtype: str
+    order: str
     # Computed once: reading them from the tensors took 1.5 of the 5 us around a small product.
     group_columns: int
     weights: int
@@ -34,12 +38,14 @@ class Packed:
     lut_pointer: int
 
     @staticmethod
-    def of(index: Tensor, lut: Tensor, columns: int) -> Packed:
+    def of(index: Tensor, lut: Tensor, columns: int, order: str = PLANES) -> Packed:
         """Check that `index` and `lut` fit together and describe rows of `columns` columns.
 
         Raises:
-            ValueError: device, dtype, layout or shape is not what the kernels read.
+            ValueError: device, dtype, layout, order or shape is not what the kernels read.
         """
+        if order not in (PLANES, WOVEN):
+            raise ValueError(f"the order is {order!r}, must be {PLANES!r} or {WOVEN!r}")
         index, lut = index.detach(), lut.detach()
         bits = check_shapes(index.shape, lut.shape, columns)
         if index.dtype != torch.uint8 or lut.dtype not in LUT_DTYPES:
@@ -64,6 +70,7 @@ class Packed:
             columns,
             bits,
             LUT_DTYPES[lut.dtype],
+            order if differs(bits, columns // groups) else PLANES,
             group_columns=columns // groups,
             weights=rows * columns,
             index_pointer=index.data_ptr(),

@@ -70,8 +70,22 @@ def _checks(kernel: str, bits: tuple[int, ...]) -> Iterator[Check]:
             for shape in SHAPES:
                 matrix = _planted(width, lut, *shape)
                 title = f"{width} bits, {lut} LUT, {'x'.join(map(str, shape))}"
-                for what, passed in _compare(kernel, matrix):
-                    yield Check(kernel, f"{title}: {what}", passed)
+                for order, arranged in _orders(kernel, matrix):
+                    for what, passed in _compare(kernel, matrix, arranged):
+                        yield Check(kernel, f"{title}{order}: {what}", passed)
+
+
+def _orders(kernel: str, matrix: Packed) -> Iterator[tuple[str, Packed]]:
+    """The matrix in every order that the kernels read, each with words for it."""
+    from sketchconv.kernels import dispatch, woven
+    from sketchconv.kernels.orders import WOVEN
+    from sketchconv.kernels.packed import Packed
+
+    yield "", matrix
+    width = matrix.group_columns
+    if WOVEN in dispatch.choose(kernel).orders and woven.differs(matrix.bits, width):
+        index = woven.weave(matrix.index, matrix.bits, width)
+        yield ", woven", Packed.of(index, matrix.lut, matrix.columns, WOVEN)
 
 
 def _planted(bits: int, lut: str, rows: int, groups: int, columns: int) -> Packed:
@@ -93,7 +107,8 @@ def _planted(bits: int, lut: str, rows: int, groups: int, columns: int) -> Packe
     return Packed.of(index, torch.from_numpy(table).to(dtype), columns)
 
 
-def _compare(kernel: str, matrix: Packed) -> Iterator[tuple[str, bool]]:
+def _compare(kernel: str, matrix: Packed, arranged: Packed) -> Iterator[tuple[str, bool]]:
+    """Results of `arranged` against the reference on `matrix`, in the order of the disk."""
     import torch
 
     from sketchconv.kernels import dequantize, gemv, reference_linear
@@ -104,11 +119,11 @@ def _compare(kernel: str, matrix: Packed) -> Iterator[tuple[str, bool]]:
     exact = torch.from_numpy(weight)
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        decoded = dequantize.decode(matrix, dtype, kernel=kernel)
+        decoded = dequantize.decode(arranged, dtype, kernel=kernel)
         yield f"rows in {name}", torch.equal(decoded, exact.to(dtype))
         for tokens in TOKENS:
             x = _activations(tokens, matrix.columns).to(dtype)
-            error = _error(gemv.multiply(matrix, x, kernel), x, weight)
+            error = _error(gemv.multiply(arranged, x, kernel), x, weight)
             limit = _limit(x, weight, tokens > gemv.FEW_TOKENS)
             yield f"{tokens} tokens in {name}", bool((error <= limit).all())
 

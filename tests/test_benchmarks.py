@@ -60,7 +60,8 @@ def test_products(tmp_path):
     printed = bench("bench_gemv.py", *shape, "--bits", 4, "--rounds", 2)
     assert re.search(rf"24x96, 12 token\(s\), 1 thread; read loop, [\w ]+: {NUMBER} GB/s", printed)
     for dtype in ("fp32", "bf16"):
-        line = rf"4 bits, portable, {dtype} +torch {dtype} / ours: {RATIO}; {RATIO} of the"
+        ours = f"4 bits, portable, planes-le, {dtype}"
+        line = rf"{ours} +torch {dtype} / ours: {RATIO}; {RATIO} of the"
         assert len(re.findall(line, printed)) == 2, printed
 
 

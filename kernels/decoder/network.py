@@ -78,9 +78,9 @@ class Matrix:
             return 0, weight.data_ptr(), KINDS[LUT_DTYPES[weight.dtype]], 1, weight.shape[1]
         choice = choose(kernels)
         if rows_only:
-            kernel: Any = choice.decode(weight.bits, weight.lut_dtype, "F32")
+            kernel: Any = choice.decode(weight.bits, weight.lut_dtype, "F32", weight.order)
         else:
-            kernel = choice.multiply(weight.bits, weight.lut_dtype)
+            kernel = choice.multiply(weight.bits, weight.lut_dtype, weight.order)
         address = address_of(kernel, 2 + (DECODE_ARGS if rows_only else MULTIPLY_ARGS))
         tables = weight.lut.data_ptr()
         return address, weight.index.data_ptr(), tables, weight.groups, weight.group_columns

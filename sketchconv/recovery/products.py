@@ -49,10 +49,9 @@ def _grad_lut(module: SketchLinear, grad: Tensor, x: Tensor) -> Tensor:
     added up by code: half the products of `gradients.grad_lut`, which keeps 16 bits, and an error
     far below the noise of a step's few tokens.
     """
-    index, lut = module._tensors()
-    packed = module.packed()
+    packed, index, lut, layout = module.operands()
     if packed is None or grad.dtype is not torch.bfloat16:
-        return functions.grad_lut(grad, x, index, lut, module.layout)
+        return functions.grad_lut(grad, x, index, lut, layout)
     flat, wide = grad.reshape(-1, module.rows), x.reshape(-1, module.columns)
     step = max(LEAST_ROWS, TILE_WEIGHTS // module.columns)
     parts = []

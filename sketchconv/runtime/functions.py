@@ -13,18 +13,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sketchconv.kernels import dequantize, gemv, gradients, plain
+from sketchconv.kernels.orders import WOVEN
 from sketchconv.kernels.packed import LUT_DTYPES, Packed
-from sketchconv.runtime.devices import DEVICE, DISK, gpu_kernels, restored
+from sketchconv.runtime.devices import DISK, gpu_kernels, reads_woven, restored
 from sketchconv.runtime.modes import exact
 
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
-def packed_of(index: Tensor, lut: Tensor, columns: int) -> Packed | None:
+def packed_of(index: Tensor, lut: Tensor, columns: int, layout: str) -> Packed | None:
     """The form that the CPU kernels take; None for what they do not know."""
     if not (index.is_cpu and lut.is_cpu and lut.dtype in LUT_DTYPES):
         return None
-    return Packed.of(index.contiguous(), lut.contiguous(), columns)
+    if layout == WOVEN and not reads_woven():  # in a program traced on another machine
+        index, layout = on_disk(index, lut, columns, layout), DISK
+    return Packed.of(index.contiguous(), lut.contiguous(), columns, layout)
+
+
+def on_disk(index: Tensor, lut: Tensor, columns: int, layout: str) -> Tensor:
+    """The index in the order of the disk, for plain torch operations."""
+    return restored(index, lut.shape[2].bit_length() - 1, columns // lut.shape[1], layout)
 
 
 def multiply(
@@ -37,7 +45,7 @@ def multiply(
         gpu = gpu_kernels(x)
         if gpu is not None:
             return gpu.multiply(x, index, lut, layout=layout)  # type: ignore[no-any-return]
-        return plain.multiply(x, index, lut)
+        return plain.multiply(x, on_disk(index, lut, x.shape[-1], layout), lut)
 
 
 def grad_input(
@@ -45,25 +53,26 @@ def grad_input(
 ) -> Tensor:
     """`grad @ W`: the gradient of the input."""
     with exact(grad.device.type):
-        packed = packed_of(index, lut, columns)
+        packed = packed_of(index, lut, columns, layout)
         if packed is not None and grad.dtype in KERNEL_DTYPES:
             return gradients.grad_input(packed, grad)
         gpu = gpu_kernels(grad)
         if gpu is not None:
             return gpu.grad_input(grad, index, lut, columns, layout=layout)  # type: ignore[no-any-return]
-        return plain.grad_input(grad, index, lut, columns)
+        return plain.grad_input(grad, on_disk(index, lut, columns, layout), lut, columns)
 
 
 def grad_lut(grad: Tensor, x: Tensor, index: Tensor, lut: Tensor, layout: str = DISK) -> Tensor:
     """The gradient of the LUT, in its dtype."""
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     with exact(grad.device.type):
-        packed = packed_of(index, lut, x.shape[-1])
+        packed = packed_of(index, lut, x.shape[-1], layout)
         if packed is not None and {grad.dtype, x.dtype} <= KERNEL_DTYPES:
             return gradients.grad_lut(packed, grad, x).to(lut.dtype)
         gpu = gpu_kernels(grad)
         if gpu is not None:
             return gpu.grad_lut(grad, x, index, lut, layout=layout).to(lut.dtype)  # type: ignore[no-any-return]
+        index = on_disk(index, lut, x.shape[-1], layout)
         return plain.grad_lut(grad, x, index, lut).to(lut.dtype)
 
 
@@ -82,7 +91,7 @@ def gather(
     gpu = gpu_kernels(ids)
     if gpu is not None:
         return gpu.gather(ids, index, lut, columns, dtype, layout=layout)  # type: ignore[no-any-return]
-    return plain.gather(ids, index, lut, columns, dtype)
+    return plain.gather(ids, on_disk(index, lut, columns, layout), lut, columns, dtype)
 
 
 def grad_rows(
@@ -93,11 +102,9 @@ def grad_rows(
     if gpu is not None and grad.dtype in KERNEL_DTYPES:
         return gpu.grad_gather(grad, ids, index, lut, padding, layout=layout).to(lut.dtype)  # type: ignore[no-any-return]
     columns = grad.shape[-1]
-    packed = packed_of(index, lut, columns)
+    packed = packed_of(index, lut, columns, layout)
     if packed is None or grad.dtype is torch.float64:
-        if layout == DEVICE:
-            bits = lut.shape[2].bit_length() - 1
-            index = restored(index, bits, columns // lut.shape[1])
+        index = on_disk(index, lut, columns, layout)
         return plain.grad_gather(grad, ids, index, lut, padding).to(lut.dtype)
     rows, dense = plain.summed_rows(grad, ids, padding)
     if rows.numel() and not (int(rows[0]) >= 0 and int(rows[-1]) < packed.rows):

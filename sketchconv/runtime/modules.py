@@ -67,9 +67,9 @@ class SketchLinear(SketchModule):
             return self._general(x)
         bias = self._parameters["bias"]
         if torch.is_grad_enabled():
-            index, lut = self._tensors()
+            lut = self._tensors()[1]
             if x.requires_grad or lut.requires_grad:
-                y: Tensor = SketchMatmul.apply(x, index, lut, packed, self.layout)  # type: ignore[no-untyped-call]
+                y: Tensor = SketchMatmul.apply(x, packed.index, lut, packed, packed.order)  # type: ignore[no-untyped-call]
                 return y if bias is None else y + bias.to(y.dtype)
         y = gemv.multiply(packed, x)
         return y if bias is None else y + bias.to(y.dtype)
@@ -88,8 +88,7 @@ class SketchLinear(SketchModule):
         elif modes.transformed():
             y = plain.multiply(x, self.disk_index(), lut)
         else:
-            packed, layout = self.packed(), self.arrange()
-            index, lut = self._tensors()
+            packed, index, lut, layout = self.operands()
             if torch.is_grad_enabled() and (x.requires_grad or lut.requires_grad):
                 y = SketchMatmul.apply(x, index, lut, packed, layout)  # type: ignore[no-untyped-call]
             else:
@@ -158,8 +157,7 @@ class SketchEmbedding(SketchModule):
             if self.padding_idx is None:
                 return found
             return torch.where((ids == self.padding_idx)[..., None], found.detach(), found)
-        packed, layout = self.packed(), self.arrange()
-        index, lut = self._tensors()
+        packed, index, lut, layout = self.operands()
         if torch.is_grad_enabled() and lut.requires_grad:
             return SketchGather.apply(lut, ids, index, *args, self.padding_idx, packed, layout)  # type: ignore[no-untyped-call, no-any-return]
         return functions.gather(ids, index, lut, *args, packed, layout)

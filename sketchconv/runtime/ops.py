@@ -29,7 +29,7 @@ SCHEMAS = (
 
 
 def _linear(x: Tensor, index: Tensor, lut: Tensor, layout: str) -> Tensor:
-    packed = functions.packed_of(index, lut, x.shape[-1])
+    packed = functions.packed_of(index, lut, x.shape[-1], layout)
     return functions.multiply(x, index, lut, packed, layout)
 
 
@@ -42,7 +42,7 @@ def _embedding(
     padding: int | None,
     layout: str,
 ) -> Tensor:
-    packed = functions.packed_of(index, lut, columns)
+    packed = functions.packed_of(index, lut, columns, layout)
     return functions.gather(ids, index, lut, columns, dtype, packed, layout)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +13,20 @@ from torch import Tensor, nn
 from sketchconv.kernels import dequantize, plain
 from sketchconv.kernels.packed import LUT_DTYPES, Packed
 from sketchconv.kernels.planes import packed_size
-from sketchconv.runtime.devices import DEVICE, DISK, arranged, gpu_kernels, restored
+from sketchconv.runtime.devices import DISK, arranged, best_order, gpu_kernels, restored
 
 ANCHOR = "dtype_anchor"
+_arranging = threading.RLock()  # two threads at once would turn an index twice
+
+
+def _after_fork() -> None:
+    """A thread that the fork left behind may hold the lock."""
+    global _arranging
+    _arranging = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class SketchModule(nn.Module):
@@ -21,8 +34,9 @@ class SketchModule(nn.Module):
 
     State: the buffer `sketch_index`, uint8 ``[rows, groups, bytes]`` in the packing `planes-le`,
     and the parameter `sketch_lut` ``[rows, groups, 2**bits]`` in float16, bfloat16 or float32. Both
-    stay as they lie on disk; there is no second copy. Only where GPU kernels run is the index put
-    into another order, once; `state_dict`, moves and copies have the order of the disk.
+    stay as they lie on disk; there is no second copy. Only where GPU kernels run, and at 3 bits on
+    CPUs with AVX-512, is the index put into another order of the same size, once; `state_dict`,
+    moves and copies have the order of the disk.
 
     `.to(dtype)`, `.half()`, `.float()` and their like change `dtype`, the dtype of what the module
     gives out where the input does not decide it, but **not** the LUT: it holds the weight's values,
@@ -79,7 +93,7 @@ class SketchModule(nn.Module):
 
     @property
     def layout(self) -> str:
-        """The order of the index, as `arrange` left it: "planes-le", or "device" on a GPU."""
+        """The order of the index as `arrange` left it: "planes-le", "woven", "device" on a GPU."""
         return self._layout
 
     @property
@@ -113,7 +127,10 @@ class SketchModule(nn.Module):
         self.arrange()
 
     def packed(self) -> Packed | None:
-        """The checked form that the CPU kernels take; None on other devices."""
+        """The checked form that the CPU kernels take; None on other devices.
+
+        The index is put into the order of the CPU's kernels before.
+        """
         index, lut = self._tensors()
         ready = self._ready
         if ready is not None:  # tensors are assigned, and their data swapped, by many a loader
@@ -129,34 +146,51 @@ class SketchModule(nn.Module):
         self._ready = None
         if not (index.is_cpu and lut.is_cpu):
             return None
-        packed = Packed.of(index.contiguous(), lut.contiguous(), self.columns)
+        with _arranging:
+            order = self.arrange()
+            index, lut = self._tensors()
+            packed = Packed.of(index.contiguous(), lut.contiguous(), self.columns, order)
         self._ready = (index, lut, packed)
         return packed
 
+    def operands(self) -> tuple[Packed | None, Tensor, Tensor, str]:
+        """The checked form (None off the CPU), index, LUT and the order of the index, all at once.
+
+        Another thread may put the index into another order between two questions.
+        """
+        packed = self.packed()
+        layout = self.arrange() if packed is None else packed.order
+        index, lut = self._tensors()
+        return packed, index if packed is None else packed.index, lut, layout
+
     def arrange(self) -> str:
-        """Put the index into the order of the GPU kernels where they run; the order it has now.
+        """Put the index into the order that suits its device; the order it has now.
 
         Call it outside of traced code: a tracer reads `layout`.
         """
-        index = self._tensors()[0]
-        known = self._arranged
-        if known is not None and known[0] is index and known[1] == index.data_ptr():
-            return DEVICE
-        self._layout, self._arranged = DISK, None
-        # Only NVIDIA's byte permutation gains by it; the portable kernels read the disk's order.
-        if gpu_kernels(index) is not None and torch.version.hip is None:
-            index = arranged(index, self.bits, self.columns // self.groups)
-            self._buffers["sketch_index"] = index
-            self._layout, self._arranged = DEVICE, (index, index.data_ptr())
-        return self._layout
+        with _arranging, torch.inference_mode(False):  # a buffer of that mode could not be trained
+            index = self._tensors()[0]
+            if self._order_of(index) == DISK:
+                self._layout, self._arranged = DISK, None
+                order = best_order(index, self.bits, self.columns // self.groups)
+                if order != DISK:
+                    index = arranged(index, self.bits, self.columns // self.groups, order)
+                    # In this order: at no time does another thread take the new index for the old.
+                    self._layout, self._arranged = order, (index, index.data_ptr())
+                    self._buffers["sketch_index"] = index
+            return self._layout
 
     def disk_index(self) -> Tensor:
         """The index in the order of the disk: the buffer itself, or a restored copy."""
         index = self._tensors()[0]
+        return restored(index, self.bits, self.columns // self.groups, self._order_of(index))
+
+    def _order_of(self, index: Tensor) -> str:
+        """The order of the index: what came from elsewhere has that of the disk."""
         known = self._arranged
         if known is None or known[0] is not index or known[1] != index.data_ptr():
-            return index
-        return restored(index, self.bits, self.columns // self.groups)
+            return DISK
+        return self._layout
 
     def _forget(self) -> None:
         """Drop what is known of the tensors: their checked form and order."""

@@ -37,8 +37,11 @@ class Place:
         return f"{self.rows}x{self.columns}, {self.tokens} token(s), {threads}"
 
 
-def sketches(rows: int, columns: int, bits: int) -> list[Any]:
-    """Random sketches of one group per row, enough of them to come from DRAM."""
+def sketches(rows: int, columns: int, bits: int, order: str) -> list[Any]:
+    """Random sketches of one group per row, enough of them to come from DRAM.
+
+    `order` is that of a loaded model in memory; random bytes are codes in any order.
+    """
     import torch
 
     from sketchconv.kernels.packed import Packed
@@ -48,7 +51,7 @@ def sketches(rows: int, columns: int, bits: int) -> list[Any]:
     index = torch.randint(0, 256, (rows, 1, size), dtype=torch.uint8)
     lut = torch.randn(rows, 1, 2**bits).half()
     count = copies_from_dram(index.nbytes + lut.nbytes)
-    return [Packed.of(index.clone(), lut.clone(), columns) for _ in range(count)]
+    return [Packed.of(index.clone(), lut.clone(), columns, order) for _ in range(count)]
 
 
 def dense(rows: int, columns: int, dtype: Any) -> list[Any]:
@@ -61,19 +64,25 @@ def dense(rows: int, columns: int, dtype: Any) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Matrices of one shape: dense by dtype, sketched by bits."""
+    """Matrices of one shape: dense by dtype, sketched by bits and order of the index."""
 
     dense: dict[str, Rotation]
-    sketched: dict[int, Rotation]
+    sketched: dict[tuple[int, str], Rotation]
 
     @staticmethod
     def make(rows: int, columns: int, bits: Sequence[int]) -> Material:
         """All of them, for one shape."""
         import torch
 
+        from sketchconv.kernels.woven import differs
+
         return Material(
             {n: Rotation(dense(rows, columns, getattr(torch, t))) for n, t in DTYPES.items()},
-            {b: Rotation(sketches(rows, columns, b)) for b in bits},
+            {
+                (b, order): Rotation(sketches(rows, columns, b, order))
+                for b in bits
+                for order in (("planes-le", "woven") if differs(b, columns) else ("planes-le",))
+            },
         )
 
 
@@ -83,6 +92,7 @@ class Ours:
 
     bits: int
     kernel: str
+    order: str
     dtype: str
     nbytes: int
     contender: Contender
@@ -99,19 +109,23 @@ def peers(material: Material, inputs: dict[str, Any]) -> dict[str, Contender]:
 
 
 def ours(material: Material, inputs: dict[str, Any], kernels: Sequence[str]) -> Iterator[Ours]:
-    """Every kernel, number of bits and dtype of activations."""
+    """Every kernel, number of bits, order that it reads and dtype of activations."""
     from sketchconv.kernels import gemv
+    from sketchconv.kernels.dispatch import choose
 
     def one(rotation: Rotation, x: Any, kernel: str) -> Any:
         return lambda: gemv.multiply(rotation.next(), x, kernel)
 
-    for bits, rotation in material.sketched.items():
+    for (bits, order), rotation in material.sketched.items():
         first = rotation.items[0]
         for kernel in kernels:
+            if order not in choose(kernel).orders:
+                continue
             for name, x in inputs.items():
                 call = one(rotation, x, kernel)
                 nbytes = first.index.nbytes + first.lut.nbytes
-                yield Ours(bits, kernel, name, nbytes, Contender(f"{bits} {kernel} {name}", call))
+                title = f"{bits} {kernel} {order} {name}"
+                yield Ours(bits, kernel, order, name, nbytes, Contender(title, call))
 
 
 def measure(place: Place, material: Material, kernels: Sequence[str], rounds: int) -> None:
@@ -132,8 +146,8 @@ def measure(place: Place, material: Material, kernels: Sequence[str], rounds: in
         print(f"  torch {name}: {peer.median * 1e6:.0f} us; {share(nbytes, peer, bandwidth)}")
     for row in mine:
         times = ratio(theirs[row.dtype].median, row.contender.median, "us", scale=1e6, digits=0)
-        title = f"{row.bits} bits, {row.kernel}, {row.dtype}"
-        print(f"  {title:24} torch {row.dtype} / ours: {times}; "
+        title = f"{row.bits} bits, {row.kernel}, {row.order}, {row.dtype}"
+        print(f"  {title:36} torch {row.dtype} / ours: {times}; "
               f"{share(row.nbytes, row.contender, bandwidth)}")  # fmt: skip
 
 

@@ -37,6 +37,10 @@ KINDS = {
     "biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "llama3 rotation": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
     "groups": ("LlamaForCausalLM", {"bits": 3, "groups": 4, "lut": torch.float32}),
+    "woven": (
+        "LlamaForCausalLM",
+        {"bits": 3, "hidden_size": 512, "intermediate_size": 600, "embeddings": True, "head": True},
+    ),
     "bfloat16 tables": ("LlamaForCausalLM", {"bits": 6, "lut": torch.bfloat16}),
     "mixed bits": (
         "LlamaForCausalLM",

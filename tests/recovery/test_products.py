@@ -19,30 +19,33 @@ def gradients(module, x, slope):
     return y.detach(), x.grad, module.sketch_lut.grad
 
 
-@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("bits", "columns"),
+    [(1, 51), (3, 51), (4, 51), (8, 51), (3, 1539)],  # the last one woven
+)
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)])
-def test_gradients(tiny, monkeypatch, bits, groups, dtype, unit):
-    monkeypatch.setattr(products, "TILE_WEIGHTS", 8 * 51)
+def test_gradients(tiny, monkeypatch, bits, columns, groups, dtype, unit):
+    monkeypatch.setattr(products, "TILE_WEIGHTS", 8 * columns)
     monkeypatch.setattr(products, "LEAST_ROWS", 8)
-    module = tiny.linear(torch.nn.Linear(51, 20), bits, groups, torch.float32)
-    x, slope = torch.randn(2, 9, 51).to(dtype), torch.randn(2, 9, 20).to(dtype)
+    module = tiny.linear(torch.nn.Linear(columns, 20), bits, groups, torch.float32)
+    x, slope = torch.randn(2, 9, columns).to(dtype), torch.randn(2, 9, 20).to(dtype)
     with decoded([module], dtype) as weights:
         weights.refresh()
         found = gradients(module, x, slope)
     assert "forward" not in vars(module)
-    wide, far = x.double().view(-1, 51), slope.double().view(-1, 20)
+    wide, far = x.double().view(-1, columns), slope.double().view(-1, 20)
     weight = module.dequantize().to(dtype).double()
     y = wide @ weight.T + module.bias.double()
     sizes = wide.abs() @ weight.abs().T + module.bias.abs().double()
     assert found[0].dtype is found[1].dtype is dtype
     assert ((found[0].double().view(-1, 20) - y).abs() <= unit * sizes).all()
-    near = (found[1].double().view(-1, 51) - far @ weight).abs()
+    near = (found[1].double().view(-1, columns) - far @ weight).abs()
     assert (near <= unit * (far.abs() @ weight.abs())).all()
     assert found[2].dtype is torch.float32
     dense, spread = torch.zeros_like(found[2]).double(), torch.zeros_like(found[2]).double()
-    plain.add_by_code(dense, module.sketch_index, far.T @ wide)
-    plain.add_by_code(spread, module.sketch_index, far.abs().T @ wide.abs())
+    plain.add_by_code(dense, module.disk_index(), far.T @ wide)
+    plain.add_by_code(spread, module.disk_index(), far.abs().T @ wide.abs())
     assert ((found[2].double() - dense).abs() <= unit * spread + 1e-6).all()
 
 
