@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MODULES = ("gemv", "permute", "matmul", "decode", "embedding", "gradients", "tasks")
+MODULES = (
+    "gemv", "fragments", "permute", "matmul", "decode", "expand", "embedding", "gradients", "tasks",
+    "columns",
+)  # fmt: skip
 EVERY = ("cuda", "hip")
 
 

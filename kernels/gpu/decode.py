@@ -8,12 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sketchconv.kernels import plain
+from sketchconv.kernels.gpu import expand
 from sketchconv.kernels.gpu.catalog import Variant
 from sketchconv.kernels.gpu.codes import codes
 from sketchconv.kernels.gpu.jit import jit
 from sketchconv.kernels.gpu.launch import geometry, on, on_disk
 from sketchconv.kernels.gpu.rounding import put
-from sketchconv.kernels.gpu.support import DTYPES
+from sketchconv.kernels.gpu.support import DTYPES, nvidia
 
 TILE = 2048  # weights of a program: 16 a thread
 
@@ -28,6 +29,8 @@ def _rows_kernel(
     rows: tl.tensor,
     groups: tl.tensor,
     size: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     REPACKED: tl.constexpr,
@@ -39,21 +42,22 @@ def _rows_kernel(
 ) -> None:
     """A tile of `out`: ROWS rows, all or under CHOSEN those in `ids`, by columns of one group.
 
-    An id that is no row gives NaN: nothing outside of the sketch is read.
+    `out` has columns `begin` to `end` of the sketch. An id that is no row gives NaN: nothing
+    outside of the sketch is read.
     """
     TILES: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS
-    group = tl.program_id(1) // TILES
+    group = begin // GROUP + tl.program_id(1) // TILES
     column = tl.program_id(1) % TILES * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    wanted = (place < count) & (column < GROUP)
+    of_row = group * GROUP + column
+    wanted = (place < count) & (column < GROUP) & (of_row >= begin) & (of_row < end)
     row = tl.load(ids + place, mask=place < count, other=0) if CHOSEN else place
     known = (row >= 0) & (row < rows)
     at = row * groups + group
     code = codes(index + at * size, column, wanted & known, GROUP, BITS, REPACKED)
     value = tl.load(lut + (at << BITS) + code, mask=wanted & known, other=0.0)
     value = tl.where(known, value.to(tl.float32), float("nan"))
-    out += place * groups * GROUP + group * GROUP
-    put(out + column, value, wanted, WIDE)
+    put(out + (place * (end - begin) + (of_row - begin)), value, wanted, WIDE)
 
 
 def decode(
@@ -75,7 +79,39 @@ def decode(
     """
     if dtype not in DTYPES or lut.dtype not in DTYPES:
         return plain.decode(on_disk(index, lut, columns, layout), lut, columns, dtype)
-    return _rows(index.contiguous(), lut.contiguous(), None, columns, dtype, layout)
+    out = torch.empty((lut.shape[0], columns), dtype=dtype, device=lut.device)
+    tile(index.contiguous(), lut.contiguous(), out, columns, layout)
+    return out
+
+
+def tile(
+    index: Tensor,
+    lut: Tensor,
+    out: Tensor,
+    columns: int,
+    layout: str,
+    begin: int = 0,
+    ids: Tensor | None = None,
+) -> None:
+    """Columns `begin` and up of all rows, or of rows `ids` (int64), into `out`.
+
+    Args:
+        index: uint8 ``[rows, groups, bytes]``, contiguous.
+        lut: ``[rows, groups, 2**bits]``, contiguous.
+        out: ``[rows or ids, width]``, contiguous, of a dtype that the kernels know.
+        columns: of a row of the sketch.
+        layout: order of the index.
+        begin: first column, a multiple of 8.
+
+    Raises:
+        ValueError: another layout.
+    """
+    rounded = lut.to(out.dtype) if ids is None else lut
+    whole = begin % 8 == 0 and out.shape[1] % 8 == 0
+    if whole and nvidia(out.device) and expand.fits(index, rounded, columns, out.dtype, layout):
+        expand.run(index, rounded, out, columns, begin, ids)
+    else:
+        _rows(index, lut, out, columns, layout, begin, ids)
 
 
 def gather(
@@ -95,20 +131,29 @@ def gather(
     if dtype not in DTYPES or lut.dtype not in DTYPES:
         rows = plain.decode(on_disk(index[flat], lut, columns, layout), lut[flat], columns, dtype)
     else:
-        rows = _rows(index.contiguous(), lut.contiguous(), flat, columns, dtype, layout)
+        rows = torch.empty((flat.shape[0], columns), dtype=dtype, device=lut.device)
+        tile(index.contiguous(), lut.contiguous(), rows, columns, layout, 0, flat)
     return rows.view(*ids.shape, columns)
 
 
 def _rows(
-    index: Tensor, lut: Tensor, ids: Tensor | None, columns: int, dtype: torch.dtype, layout: str
-) -> Tensor:
+    index: Tensor,
+    lut: Tensor,
+    out: Tensor,
+    columns: int,
+    layout: str,
+    begin: int,
+    ids: Tensor | None,
+) -> None:
     rows, groups, entries = lut.shape
-    count = rows if ids is None else ids.shape[0]
+    count, given = out.shape
     width = columns // groups
     high, wide = _tile(count, width)
-    out = torch.empty((count, columns), dtype=dtype, device=lut.device)
+    touched = triton.cdiv(begin + given, width) - begin // width
+    if not out.numel():
+        return
     with on(lut.device):
-        _rows_kernel[(triton.cdiv(count, high), groups * triton.cdiv(width, wide))](
+        _rows_kernel[(triton.cdiv(count, high), touched * triton.cdiv(width, wide))](
             index,
             lut,
             index if ids is None else ids,
@@ -117,12 +162,13 @@ def _rows(
             rows,
             groups,
             index.shape[-1],
-            **geometry(width, entries.bit_length() - 1, layout, dtype),
+            begin,
+            begin + given,
+            **geometry(width, entries.bit_length() - 1, layout, out.dtype),
             CHOSEN=ids is not None,
             ROWS=high,
             COLUMNS=wide,
         )
-    return out
 
 
 def _tile(count: int, width: int) -> tuple[int, int]:
@@ -150,7 +196,7 @@ def _variant(bits: int, group: int, element: str, chosen: bool) -> Variant:
     dtype = torch.bfloat16 if element == "bf16" else torch.float32
     ids = "*i64" if chosen else "*u8"
     pointers = {"index": "*u8", "lut": "*fp16", "ids": ids, "out": f"*{element}"}
-    numbers = dict.fromkeys(("count", "rows", "groups", "size"), "i32")
+    numbers = dict.fromkeys(("count", "rows", "groups", "size", "begin", "end"), "i32")
     return Variant(
         name=f"{'gather' if chosen else 'decode'}-{bits}bit-{group}-{element}",
         kernel=_rows_kernel,

@@ -1,6 +1,6 @@
 """Products of few tokens on any GPU and for every type: gathers from the table, sums in float32.
 
-The path wherever `sketchconv.kernels.gpu.permute` does not apply: AMD, 5 to 8 bits, float32, groups
+The path wherever bytes cannot be permuted: AMD, 5 to 8 bits, float32, groups
 that do not start at whole words. It is bound by its arithmetic: 8.7 instructions per weight where
 an A100's memory allows 4.8.
 """

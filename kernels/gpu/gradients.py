@@ -8,10 +8,10 @@ from __future__ import annotations
 from torch import Tensor, promote_types
 
 from sketchconv.kernels import plain
-from sketchconv.kernels.gpu import input_gradient, lut_gradient
+from sketchconv.kernels.gpu import input_gradient, lut_gradient, lut_sums, tiles
 from sketchconv.kernels.gpu.catalog import Variant
 from sketchconv.kernels.gpu.launch import on_disk
-from sketchconv.kernels.gpu.support import why_dense
+from sketchconv.kernels.gpu.support import nvidia, why_dense
 
 CASES = (  # bits, columns of a group, element
     (3, 1376, "bf16"),
@@ -30,7 +30,8 @@ def grad_input(
     """`grad @ W`: ``[..., rows]`` to ``[..., columns]`` of the same dtype, summed in float32.
 
     Weights are rounded to the dtype of `grad` first, like in the product that `grad` comes from.
-    Where `support.why_dense` gives a reason, tiles of rows are decoded and go to the vendor's BLAS.
+    On NVIDIA, tiles of columns are decoded and go to the vendor's BLAS, whose settings in torch
+    hold. Where `support.why_dense` gives a reason, tiles of rows are decoded by plain torch.
 
     Args:
         grad: ``[..., rows]``.
@@ -44,6 +45,11 @@ def grad_input(
     """
     if why_dense(grad.device, grad.dtype, lut.dtype) is not None:
         return plain.grad_input(grad, on_disk(index, lut, columns, layout), lut, columns)
+    flat = grad.reshape(-1, grad.shape[-1])
+    if nvidia(grad.device) and flat.shape[0]:
+        out = grad.new_empty(flat.shape[0], columns)
+        tiles.grad_input(flat.contiguous(), index.contiguous(), lut.contiguous(), out, layout)
+        return out.view(*grad.shape[:-1], columns)
     return input_gradient.run(grad, index.contiguous(), lut.contiguous(), columns, layout)
 
 
@@ -52,8 +58,9 @@ def grad_lut(
 ) -> Tensor:
     """Gradient of a LUT: `grad.T @ x` summed over the columns of each entry.
 
-    The same bits in every run on GPUs of one architecture. Where `support.why_dense` gives a
-    reason, as in `grad_input`.
+    The same bits in every run on GPUs of one architecture, as far as those of the BLAS are: on
+    NVIDIA it makes tiles of `grad.T @ x`. Where `support.why_dense` gives a reason, as in
+    `grad_input`.
 
     Args:
         grad: gradient of the output, ``[tokens, rows]``.
@@ -70,6 +77,8 @@ def grad_lut(
     """
     if why_dense(x.device, promote_types(grad.dtype, x.dtype)) is not None:
         return plain.grad_lut(grad, x, on_disk(index, lut, x.shape[-1], layout), lut)
+    if nvidia(x.device) and x.shape[0]:
+        return lut_sums.run(grad, x, index.contiguous(), lut, layout)
     return lut_gradient.run(grad.contiguous(), x.contiguous(), index.contiguous(), lut, layout)
 
 
@@ -79,4 +88,5 @@ def variants() -> tuple[Variant, ...]:
     for case in CASES:
         found += input_gradient.variants(*case)
         found.append(lut_gradient.variant(*case))
+    found += [lut_sums.variant(bits, group) for bits, group in ((3, 1376), (4, 4096), (8, 4096))]
     return tuple(found)

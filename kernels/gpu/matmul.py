@@ -1,6 +1,6 @@
 """Products of many tokens on any GPU and for every type: tiles are decoded on the way to `tl.dot`.
 
-The path wherever `sketchconv.kernels.gpu.permute` does not apply. No dense weight is ever in
+The path on AMD. (On NVIDIA tiles of the weight and a BLAS are faster.) No dense weight is ever in
 memory, only a tile of it in registers.
 """
 

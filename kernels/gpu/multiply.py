@@ -6,17 +6,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from sketchconv.kernels import plain
-from sketchconv.kernels.gpu import gemv, matmul, permute, support
+from sketchconv.kernels.gpu import fragments, gemv, matmul, permute, support, tiles
 from sketchconv.kernels.gpu.layout import restore
 from sketchconv.kernels.packed import check_shapes
 
 FEW = 8  # tokens
+MANY = 256  # from here on tiles of the weight and a BLAS are faster than decoding on the way
 TILE_ROWS = 2048
 
 
 def multiply(x: Tensor, index: Tensor, lut: Tensor, layout: str = "planes-le") -> Tensor:
     """`x @ W.T`, summed in float32 (float64 for float64 input).
 
+    On NVIDIA, many tokens go to the vendor's BLAS with decoded tiles: its settings in torch hold.
     Where `support.why_dense` gives a reason, tiles of rows are decoded and go to the vendor's BLAS.
 
     Args:
@@ -41,13 +43,26 @@ def multiply(x: Tensor, index: Tensor, lut: Tensor, layout: str = "planes-le") -
         pass
     elif support.why_dense(x.device, x.dtype, lut.dtype) is not None:
         _dense(flat, index, lut, y, layout)
-    elif support.nvidia(x.device) and permute.fits(flat, index, lut, layout):
-        permute.run(flat, index, lut, y)
+    elif support.nvidia(x.device):
+        _nvidia(flat, index, lut, y, layout)
     elif flat.shape[0] <= FEW:
         gemv.run(flat, index.contiguous(), lut.contiguous(), y, layout)
     else:
         matmul.run(flat, index.contiguous(), lut.contiguous(), y, layout)
     return y.reshape(*x.shape[:-1], rows)
+
+
+def _nvidia(x: Tensor, index: Tensor, lut: Tensor, y: Tensor, layout: str) -> None:
+    """The fastest on an H100 for each number of tokens."""
+    tokens, three = x.shape[0], lut.shape[-1] == 8
+    if tokens <= (FEW if three else 2 * FEW) and fragments.fits(x, index, lut, layout):
+        fragments.run(x, index, lut, y)
+    elif tokens < MANY and permute.fits(x, index, lut, layout):
+        permute.run(x, index, lut, y)
+    elif tokens <= FEW // 2:
+        gemv.run(x, index.contiguous(), lut.contiguous(), y, layout)
+    else:
+        tiles.multiply(x, index.contiguous(), lut.contiguous(), y, layout)
 
 
 def _check(x: Tensor, index: Tensor, lut: Tensor, layout: str) -> None:

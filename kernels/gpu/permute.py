@@ -1,6 +1,7 @@
 """Products with 16-bit tables of 1 to 4 bits, looked up by byte permutation. NVIDIA only.
 
-One kernel for one token and for many: the values of a tile of rows go to the tensor cores, which
+The path of some dozens of tokens, and of few where `sketchconv.kernels.gpu.fragments` does not fit:
+the values of a tile of rows go to the tensor cores, which
 leave only the lookup itself to the other pipes. Few tokens cut the columns into splits, so that
 there are programs enough for all multiprocessors; the splits are added in a fixed order.
 
@@ -148,7 +149,7 @@ def run(x: Tensor, index: Tensor, lut: Tensor, y: Tensor) -> None:
     (tokens, columns), (rows, groups, entries) = x.shape, lut.shape
     bits, group = entries.bit_length() - 1, columns // groups
     tile = 8 if tokens <= 8 else 16 if tokens <= 16 else 64
-    splits = 1 if tile == 64 else _splits(rows, columns, x.device)
+    splits = _splits(rows, columns, tokens, tile, x.device)
     shape = (splits, tokens, rows)
     out = torch.empty(shape, dtype=torch.float32, device=x.device) if splits > 1 else y
     words = index.view(torch.int32)
@@ -166,14 +167,23 @@ def run(x: Tensor, index: Tensor, lut: Tensor, y: Tensor) -> None:
             fold[(triton.cdiv(y.numel(), 256),)](out, y, y.numel(), splits, not asm, 256)
 
 
-@cache
-def _splits(rows: int, columns: int, device: torch.device) -> int:
-    """Parts of the columns: two programs of 32 rows for each multiprocessor, 1024 columns each."""
+def _splits(rows: int, columns: int, tokens: int, tile: int, device: torch.device) -> int:
+    """Parts of the columns, 1024 at least, so that there are programs enough.
+
+    Two for each multiprocessor where a program has 64 rows by 64 tokens, else four of 32 rows: on
+    an H100, 64 tokens and 4096 x 4096 weights take 14.2 us so, and 24.6 without parts.
+    """
     if device.type == "cpu":
         return 1 + (columns >= 256)  # the interpreter: both ways
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = triton.cdiv(2 * count, triton.cdiv(rows, 32))
-    return max(1, min(int(wanted), columns // 1024))
+    height, each = (64, 2) if tile == 64 else (32, 4)
+    programs = triton.cdiv(rows, height) * triton.cdiv(tokens, tile)
+    wanted = round(each * _multiprocessors(device) / int(programs))
+    return max(1, min(wanted, columns // 1024))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def variants() -> tuple[Variant, ...]:

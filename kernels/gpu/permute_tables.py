@@ -58,23 +58,29 @@ def table(lut: tl.tensor, offset: tl.tensor, BITS: tl.constexpr, ASM: tl.constex
 
     Four entries a word; words beyond the table repeat its first, and no selector reaches them.
     """
-    first = _entries(lut, offset, 0)
-    second = _entries(lut, offset, 1) if BITS > 1 else first
+    words: tl.tensor = ()
+    for place in tl.static_range((1 << BITS) // 2):
+        words = words + (_entries(lut, offset, place),)  # noqa: RUF005
+    return split_bytes(words, BITS, ASM)
+
+
+@jit
+def split_bytes(words: tl.tensor, BITS: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
+    """Words of two entries each as low bytes, then high bytes: eight words, as in `table`."""
+    first = words[0]
+    second = words[1] if BITS > 1 else first
     l0, h0 = prmt(first, second, 0x6420, ASM), prmt(first, second, 0x7531, ASM)
     l1, h1, l2, h2, l3, h3 = l0, h0, l0, h0, l0, h0
     if BITS > 2:
-        first, second = _entries(lut, offset, 2), _entries(lut, offset, 3)
-        l1, h1 = prmt(first, second, 0x6420, ASM), prmt(first, second, 0x7531, ASM)
+        l1, h1 = prmt(words[2], words[3], 0x6420, ASM), prmt(words[2], words[3], 0x7531, ASM)
     if BITS > 3:
-        first, second = _entries(lut, offset, 4), _entries(lut, offset, 5)
-        l2, h2 = prmt(first, second, 0x6420, ASM), prmt(first, second, 0x7531, ASM)
-        first, second = _entries(lut, offset, 6), _entries(lut, offset, 7)
-        l3, h3 = prmt(first, second, 0x6420, ASM), prmt(first, second, 0x7531, ASM)
+        l2, h2 = prmt(words[4], words[5], 0x6420, ASM), prmt(words[4], words[5], 0x7531, ASM)
+        l3, h3 = prmt(words[6], words[7], 0x6420, ASM), prmt(words[6], words[7], 0x7531, ASM)
     return l0, l1, l2, l3, h0, h1, h2, h3
 
 
 @jit
-def _pick(word: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
+def picks(word: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
     """Selectors between two words: byte `i` of the second where the fourth bit of code `i` is 1."""
     if ASM:
         # Else the compiler redoes the masking after the shift by 16: 0.1 instructions per weight.
@@ -92,7 +98,7 @@ def _pick(word: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def _pairs(
+def pairs(
     code: tl.tensor, pick: tl.tensor, entries: tl.tensor, BITS: tl.constexpr, ASM: tl.constexpr
 ) -> tl.tensor:
     """Four codes to two words of two values each."""
@@ -133,11 +139,11 @@ def _eight(
     of four bits.
     """
     if BITS > 3:
-        code, pick = word & 0x77777777, _pick(word, ASM)
+        code, pick = word & 0x77777777, picks(word, ASM)
     else:
         code, pick = word, word
-    a, b = _pairs(code, pick, entries, BITS, ASM)
-    c, d = _pairs(code >> 16, pick >> 16, entries, BITS, ASM)
+    a, b = pairs(code, pick, entries, BITS, ASM)
+    c, d = pairs(code >> 16, pick >> 16, entries, BITS, ASM)
     v0, v1 = _halves(a, DTYPE, ASM)
     v2, v3 = _halves(b, DTYPE, ASM)
     v4, v5 = _halves(c, DTYPE, ASM)

@@ -1,6 +1,7 @@
 """Batches whose tokens use the LUTs of different tasks over the same codes, for CUDA and ROCm.
 
-For few tokens, as in decoding, a tile of codes is unpacked once and looked up for each token; for
+For few tokens, as in decoding, `sketchconv.kernels.gpu.fragments` takes the tokens of one task at
+a time where it can; elsewhere a tile of codes is unpacked once and looked up for each token. For
 many, tokens are sorted by task and multiplied with tiles decoded for one task.
 """
 
@@ -11,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sketchconv.kernels.gpu import task_tiles
+from sketchconv.kernels.gpu import fragments, task_tiles
 from sketchconv.kernels.gpu.catalog import Variant
 from sketchconv.kernels.gpu.codes import codes
 from sketchconv.kernels.gpu.jit import jit
 from sketchconv.kernels.gpu.launch import geometry, on
 from sketchconv.kernels.gpu.rounding import put
-from sketchconv.kernels.gpu.support import why_dense
+from sketchconv.kernels.gpu.support import nvidia, why_dense
 
 FEW = 16  # tokens up to which codes are shared instead of tiles
 AT_ONCE = 8  # tokens that share the codes: a sum of each is in registers
@@ -89,9 +90,9 @@ def multiply_tasks(
 ) -> Tensor:
     """`x[t] @ W.T` with the LUT of `tasks[t]`: ``[tokens, columns]`` to ``[tokens, rows]``.
 
-    Summed in float32. For more than 16 tokens the weights are rounded to the dtype of `x` first,
-    and the host does not wait for the tasks to be sorted; but where `support.why_dense` gives a
-    reason against tiles, there are as many products of few tokens.
+    Summed in float32. For more than 16 tokens, and by permuted bytes on NVIDIA, the weights are
+    rounded to the dtype of `x` first. The host does not wait for the tasks to be sorted; but where
+    `support.why_dense` gives a reason against tiles, there are as many products of few tokens.
 
     Args:
         x: float16, bfloat16 or float32 ``[tokens, columns]``.
@@ -104,6 +105,10 @@ def multiply_tasks(
         ValueError: another layout, or another dtype of `x`.
     """
     tokens = x.shape[0]
+    if 0 < tokens <= FEW and nvidia(x.device) and fragments.fits(x, index, luts, layout):
+        out = x.new_full((tokens, luts.shape[1]), torch.nan)
+        fragments.run(x, index, luts, out, tasks.to(torch.int64).contiguous())
+        return out
     x, luts, index = x.contiguous(), luts.contiguous(), index.contiguous()
     tasks = tasks.to(torch.int64).contiguous()
     if tokens > FEW and luts.shape[0] and why_dense(x.device, x.dtype) is None:

@@ -9,8 +9,8 @@ Every operation is first compared with plain torch on the same sketch: a wrong r
 
     python tests/bench/bench_gpu.py [--bits 4 3 2 8] [--dtypes float16 bfloat16] [--groups 1]
 
-Without a CUDA or ROCm device it measures nothing and exits with 1. (Whoever wrote it had no GPU:
-only the operations and their checks have run, in Triton's interpreter; the timing never has.)
+Without a CUDA or ROCm device it measures nothing and exits with 1. It has run on one H100 (float16;
+2, 3, 4 and 8 bits); kernels/gpu/RESOURCES.md has the figures.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sketchconv.kernels import plain
-from sketchconv.kernels.gpu import ops, permute, support
+from sketchconv.kernels.gpu import fragments, ops, permute, support, tiles
 from sketchconv.kernels.gpu.multiply import multiply
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -64,7 +64,8 @@ def test_every_pair_of_types(sketch, dtype, table, tokens):
     case = sketch(19, 96, 4, groups=3, dtype=table, seed=7)
     x = noise(tokens, 96, dtype)
     weight = case.dense()
-    if tokens > 8:
+    permuted = support.nvidia(x.device) and fragments.fits(x, case.index, case.lut, "planes-le")
+    if tokens > 8 or permuted:
         weight = case.dense(dtype).double()  # tiles are rounded to the input, as in the reference
     close(multiply(x, case.index, case.lut), x, weight)
 
@@ -142,17 +143,31 @@ def test_ops_is_the_same_function():
 # never runs.
 
 
-@pytest.mark.parametrize(("tokens", "bits", "rows"), [(1, 4, 37), (17, 3, 20), (70, 4, 20)])
-def test_multiply_chooses_the_permuted_bytes(sketch, monkeypatch, tokens, bits, rows):
-    """As on an NVIDIA GPU: one tile of tokens, and several."""
+@pytest.mark.parametrize(
+    ("tokens", "bits", "dtype", "taken"),
+    [(1, 4, torch.float16, fragments), (16, 4, torch.float16, fragments),
+     (8, 3, torch.bfloat16, fragments), (9, 3, torch.float16, permute),
+     (17, 4, torch.float16, permute), (256, 4, torch.float16, tiles),
+     (9, 5, torch.float16, tiles), (9, 4, torch.float32, tiles)],
+)  # fmt: skip
+def test_which_kernel_takes_what_on_nvidia(sketch, monkeypatch, tokens, bits, dtype, taken):
     ran = []
-    run = permute.run
     monkeypatch.setattr(support, "nvidia", lambda device: True)
-    monkeypatch.setattr(permute, "run", lambda *args: ran.append(1) or run(*args))
-    case = sketch(rows, 64, bits, groups=1, dtype=torch.float16, seed=tokens)
-    x = noise(tokens, 64, torch.float16)
-    close(multiply(x, case.on("device"), case.lut, "device"), x, case.dense())
-    assert ran == [1]
+    for module in (fragments, permute, tiles):
+        name = "multiply" if module is tiles else "run"
+        monkeypatch.setattr(module, name, lambda *_, each=module: ran.append(each))
+    case = sketch(4, 64, bits)
+    multiply(noise(tokens, 64, dtype), case.on("device"), case.lut, "device")
+    assert ran == [taken]
+
+
+def test_a_product_of_several_parts(sketch):
+    """Permuted bytes as on an NVIDIA GPU, 256 columns: two splits."""
+    case = sketch(20, 256, 3, groups=2)
+    x = noise(17, 256, torch.float16)
+    found = torch.empty(17, 20, dtype=torch.float16)
+    permute.run(x, case.on("device"), case.lut, found)
+    close(found, x, case.dense())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ The definition is that of the PTX manual, section `prmt`, written again in NumPy
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 import triton
 import triton.language as tl
@@ -34,12 +33,12 @@ def by_definition(low: np.ndarray, high: np.ndarray, selector: np.ndarray) -> np
     return out.view(np.uint32)[:, 0]
 
 
-@pytest.mark.parametrize("asm", [False] if interpreting() else [False, True])
-def test_prmt_as_defined(asm):
+def test_prmt_as_defined():
+    """The steps in integers in the interpreter, which alone has their conversions; else PRMT."""
     rng = np.random.default_rng(0)
     low, high, selector = rng.integers(0, 2**32, (3, 4096), dtype=np.uint32)
     selector[:16] = np.arange(16) * 0x1111  # every nibble, those that ask for signs too
     out = torch.empty(4096, dtype=torch.int32)
     given = [torch.tensor(each.view(np.int32)) for each in (low, high, selector)]
-    permute_all[(1,)](*given, out, 4096, asm)
+    permute_all[(1,)](*given, out, 4096, not interpreting())
     assert (out.cpu().numpy().view(np.uint32) == by_definition(low, high, selector)).all()
