@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sketchconv.errors import PlanError
@@ -48,6 +51,25 @@ def anonymous_bytes() -> int:
         return _TYPICAL_BASELINE
     match = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
     return int(match.group(1)) * 1024 if match else _TYPICAL_BASELINE
+
+
+@contextmanager
+def watched_peak(seconds: float = 0.05) -> Iterator[Callable[[], int]]:
+    """Watch `anonymous_bytes` from a thread; yields a function that tells the most seen so far."""
+    peak, done = anonymous_bytes(), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(seconds):
+            peak = max(peak, anonymous_bytes())
+
+    thread = threading.Thread(target=watch, name="sketchconv-memory", daemon=True)
+    thread.start()
+    try:
+        yield lambda: peak
+    finally:
+        done.set()
+        thread.join()
 
 
 def chunk_budget(max_memory: int | None) -> int:

@@ -30,21 +30,30 @@ def choose_damping(weight: Tensor, request: Request, factors: Factors) -> float:
     Returns:
         One of the method's dampings; its fixed one where nothing is held out.
     """
-    method, judge = request.method, factors.statistics.held_out
-    if judge is None or not method.dampings:
+    method = request.method
+    if factors.statistics.held_out is None or not method.dampings:
         return method.damping
     rows = torch.linspace(0, weight.shape[0] - 1, min(SAMPLE, weight.shape[0])).long()
     sample = weight[rows.to(weight.device)]
-    scores = []
+    scores: list[float] = []
     for damping in method.dampings:
-        with one_thread(weight):
-            factor = factors.factor(damping, act_order=method.act_order)
-        groups = factor.order // (weight.shape[1] // request.groups)
-        found = _fit_sample(sample, rows, request, factor)
-        ruler = judge[factor.order][:, factor.order]
-        with one_thread(weight):
-            scores.append(float(errors(sample[:, factor.order], found, groups, ruler).sum()))
-    return method.dampings[scores.index(min(scores))]
+        scores.append(_score(sample, rows, request, factors, damping, factors.statistics.held_out))
+        best = method.dampings[scores.index(min(scores))]
+        factors.keep_only(best)  # each has two matrices of columns x columns
+    return best
+
+
+def _score(
+    sample: Tensor, rows: Tensor, request: Request, factors: Factors, damping: float, judge: Tensor
+) -> float:
+    """The held-out error of the sample with one damping."""
+    with one_thread(sample):
+        factor = factors.factor(damping, act_order=request.method.act_order)
+    groups = factor.order // (sample.shape[1] // request.groups)
+    found = _fit_sample(sample, rows, request, factor)
+    ruler = judge[factor.order][:, factor.order]
+    with one_thread(sample):
+        return float(errors(sample[:, factor.order], found, groups, ruler).sum())
 
 
 def _fit_sample(sample: Tensor, rows: Tensor, request: Request, factor: Factor) -> Fit:

@@ -41,14 +41,13 @@ class Factor:
 
 @dataclass
 class Factors:
-    """The factors of one layer's inputs; each is computed once.
+    """The factors of one layer's inputs; each is computed once, but for the inverse of a target.
 
     Weights with the same inputs (query, key and value; gate and up) should share one.
     """
 
     statistics: Statistics
     _known: dict[tuple[float, bool], Factor] = field(default_factory=dict)
-    _inverses: dict[float, Tensor] = field(default_factory=dict)
 
     def factor(self, damping: float, *, act_order: bool) -> Factor:
         """The factor for a damping; more damping where the Hessian cannot be factored with it.
@@ -61,12 +60,14 @@ class Factors:
             self._known[key] = _factor(self.statistics.hessian, damping, act_order)
         return self._known[key]
 
+    def keep_only(self, damping: float) -> None:
+        """Forget the factors of every other damping."""
+        self._known = {key: value for key, value in self._known.items() if key[0] == damping}
+
     def ridge_inverse(self, ridge: float) -> Tensor:
         """``(H + ridge mean(diag H) I)^-1``, float32 ``[in, in]``."""
-        if ridge not in self._inverses:
-            matrix, _ = damped(self.statistics.hessian, ridge)
-            self._inverses[ridge] = torch.cholesky_inverse(_cholesky(matrix)).float()
-        return self._inverses[ridge]
+        matrix, _ = damped(self.statistics.hessian, ridge)
+        return torch.cholesky_inverse(_cholesky(matrix)).float()
 
 
 def damped(hessian: Tensor, damping: float) -> tuple[Tensor, int]:

@@ -25,7 +25,7 @@ class Sums:
         self._held = torch.zeros_like(self._hessian)
         self._cross = torch.zeros_like(self._hessian)
         self._residual = None if rows is None else torch.zeros(rows, columns, device=device)
-        self._paired = True
+        self._paired, self._means = True, False
 
     def add(
         self,
@@ -62,20 +62,29 @@ class Sums:
         return all(bool(torch.isfinite(s.sum())) for s in sums)
 
     def statistics(self, *, residual: bool) -> Statistics:
-        """The means over the tokens; only for `tokens` above 0.
+        """The means over the tokens; only for `tokens` above 0. Nothing can be added afterwards.
 
         Args:
             residual: whether to include that of the residual stream.
         """
-        n = self.tokens
-        with_residual = residual and self._paired and self._residual is not None
+        self._divide()
         return Statistics(
-            hessian=self._hessian / n,
-            tokens=n,
-            held_out=self._held / self.held_tokens if self.held_tokens else None,
-            cross=self._cross / n if self._paired else None,
-            residual=self._residual / n if with_residual and self._residual is not None else None,
+            hessian=self._hessian,
+            tokens=self.tokens,
+            held_out=self._held if self.held_tokens else None,
+            cross=self._cross if self._paired else None,
+            residual=self._residual if residual and self._paired else None,
         )
+
+    def _divide(self) -> None:
+        """Turn the sums into means, in place: a second copy of each would be the larger part."""
+        if self._means:
+            return
+        self._means = True
+        self._held /= max(self.held_tokens, 1)
+        for total in (self._hessian, self._cross, self._residual):
+            if total is not None:
+                total /= self.tokens
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     from sketchconv.calibration.setting import Setting
 
-# Square float32 matrices over the inputs of a weight: Hessian, held-out, cross, and the solver's
-# copy, factor, inverse and two for work.
-_SQUARES = 8
+# Square float32 matrices over the inputs of a weight: Hessian, held-out and cross; two of the best
+# damping so far and two of the next, with as much again in float64 while it is factored; the
+# held-out one in the order of the columns.
+_SQUARES = 12
 # Float32 copies of the weights that are solved together: as read, target, residual, work, codes.
 _COPIES = 5
 # Activations of one batch in a block, in widths of its widest weight, in both models.

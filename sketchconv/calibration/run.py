@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sketchconv.calibration.options import Calibration
 from sketchconv.calibration.report import CalibrationReport
-from sketchconv.memory import anonymous_bytes
+from sketchconv.memory import watched_peak
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,11 +86,12 @@ def calibrate(
         # Of a run that was broken off later: it would be the start of this one's recovery.
         (state.folder / RECOVERED).unlink(missing_ok=True)
         run = _Run(job, setting, state, threads, tick)
-        try:
-            run.blocks(recover=bool(recover))
-        finally:
-            run.close()
-    report = run.report(time.perf_counter() - started)
+        with watched_peak() as peak:
+            try:
+                run.blocks(recover=bool(recover))
+            finally:
+                run.close()
+    report = run.report(time.perf_counter() - started, peak())
     return Calibrated(state, report, setting.windows.short)
 
 
@@ -108,7 +109,7 @@ class _Run:
         self.job, self.setting, self.state, self.threads = job, setting, state, threads
         self.results: list[BlockResult] = []
         self._streams: list[Streams] = []
-        self._tick, self._done, self._peak = tick, 0, 0
+        self._tick, self._done = tick, 0
 
     def blocks(self, *, recover: bool) -> None:
         """All blocks; those that an earlier run finished are only run through.
@@ -144,7 +145,7 @@ class _Run:
         for streams in self._streams:
             streams.close()
 
-    def report(self, seconds: float) -> CalibrationReport:
+    def report(self, seconds: float, peak: int) -> CalibrationReport:
         """What was done."""
         setting = self.setting
         skipped = {k: v for block in self.results for k, v in block.skipped.items()}
@@ -161,7 +162,7 @@ class _Run:
             seconds=seconds,
             weights=tuple(weight for block in self.results for weight in block.weights),
             skipped=skipped,
-            peak_anonymous=self._peak,
+            peak_anonymous=peak,
         )
 
     def _open(self, *, recover: bool) -> list[Streams]:
@@ -226,7 +227,6 @@ class _Run:
 
     def _say(self, text: str, weights: int) -> None:
         self._done += weights
-        self._peak = max(self._peak, anonymous_bytes())
         if self._tick is not None:
             self._tick(text, min(self._done, self.setting.parameters), self.setting.parameters)
 
