@@ -30,6 +30,7 @@ bench: $(READY)
 	$(PIP) -e '.[bench]'
 	$(BIN)/python -P tests/bench/bench_solver.py
 	$(BIN)/python -P tests/bench/bench_gemv.py
+	$(BIN)/python -P tests/bench/bench_blocks.py
 	$(BIN)/python -P tests/bench/bench_decode.py --threads 1 2
 	$(BIN)/python -P tests/bench/bench_tuning.py
 

@@ -27,7 +27,9 @@ def sources_digest(folder: Path) -> str:
     The kernels below `gpu` are not compiled here.
     """
     digest = hashlib.sha256()
-    for path in sorted((*folder.glob("*.py"), *folder.glob("decoder/*.py"))):
+    for path in sorted(
+        (*folder.glob("*.py"), *folder.glob("decoder/*.py"), *folder.glob("ggml/*.py"))
+    ):
         text = path.read_bytes()
         digest.update(f"{path.name} {len(text)} ".encode() + text)
     return digest.hexdigest()[:12]

@@ -65,6 +65,21 @@ def test_products(tmp_path):
         assert len(re.findall(line, printed)) == 2, printed
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="there is no peer to compare with"
+)
+def test_blocks():
+    printed = bench("bench_blocks.py", "--kinds", "Q4_1", "--rows", 8, "--rounds", 1, "--folders")
+    pair = rf"{NUMBER} / +{NUMBER}"
+    errors, speed = rf"{pair} = {NUMBER}", rf"{pair} MB/s = {NUMBER}"
+    for rows in ("gaussian", "heavy"):
+        for weighting in ("plain", "weighted"):
+            line = rf"^Q4_1 +5.00 +{rows} +{weighting} +{errors} +{speed}$"
+            assert re.search(line, printed, re.MULTILINE), printed
+    assert re.search(rf"^Q4_1 +{speed}$", printed, re.MULTILINE), printed
+    assert re.search(rf"^Q4_1 +{speed} +{speed}$", printed, re.MULTILINE), printed
+
+
 @pytest.mark.slow
 def test_decoding(tiny, tmp_path):
     short = ("--tokens", 12, "--rounds", 2, "--threads", 1, "--embed-bits", 8, "--work", tmp_path)
