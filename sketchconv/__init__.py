@@ -11,16 +11,28 @@ if not (_ROOT / "sketchconv" / "kernels").exists() and (_ROOT / "pyproject.toml"
     __path__.append(str(_ROOT))
 
 if TYPE_CHECKING:
+    from sketchconv.export.dense import export_dense
+    from sketchconv.export.run import export_gguf
     from sketchconv.pipeline import convert
     from sketchconv.recipe import Recipe
     from sketchconv.runtime.load import load, load_tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "convert", "load", "load_tokenizer"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "convert",
+    "export_dense",
+    "export_gguf",
+    "load",
+    "load_tokenizer",
+]
 
 _LAZY = {
     "Recipe": "sketchconv.recipe",
     "convert": "sketchconv.pipeline",
+    "export_dense": "sketchconv.export.dense",
+    "export_gguf": "sketchconv.export.run",
     "load": "sketchconv.runtime.load",
     "load_tokenizer": "sketchconv.runtime.load",
 }

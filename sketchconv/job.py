@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sketchconv.sources.base import Source
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_OTHER_FORMATS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ggml", ".onnx")
+_OTHER_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ggml", ".onnx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +161,11 @@ def same_bytes(source: Source, first: str, second: str) -> bool:
 
 
 def _check_suffix(output: Path) -> None:
+    if output.suffix.lower() == ".gguf":
+        raise OutputError(
+            f"{output}: a sketch is a .sktch file or a folder; export that as GGUF afterwards"
+            " (`sketchconv convert MODEL.sktch OUT.gguf`)"
+        )
     if output.suffix.lower() in _OTHER_FORMATS:
         raise OutputError(
             f"{output}: writing {output.suffix} is not supported; "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,11 +59,15 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Metadata by key and tensors by name, both in the file's order; offsets are absolute."""
+    """Metadata by key and tensors by name, both in the file's order; offsets are absolute.
+
+    `spans` has where each value lies in the file, its type number included, for verbatim copies.
+    """
 
     values: Mapping[str, GgufValue]
     tensors: Mapping[str, GgufTensor]
     size: int
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class _Cursor:
@@ -166,14 +170,16 @@ def _parse(cursor: _Cursor) -> GgufHeader:
     if tensors > _MAX_TENSORS or keys > _MAX_KEYS:
         raise cursor.fail(f"the header announces {tensors} tensors and {keys} metadata keys")
     values: dict[str, GgufValue] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in range(keys):
         key = cursor.string()
         if key in values:
             raise cursor.fail(f"metadata key {key!r} twice")
+        begin = cursor.offset
         values[key] = _value(cursor, key)
-    return GgufHeader(
-        values, _tensor_table(cursor, tensors, _alignment(cursor, values)), cursor.size
-    )
+        spans[key] = begin, cursor.offset
+    table = _tensor_table(cursor, tensors, _alignment(cursor, values))
+    return GgufHeader(values, table, cursor.size, spans)
 
 
 def _value(cursor: _Cursor, key: str) -> GgufValue:

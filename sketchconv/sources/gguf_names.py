@@ -29,7 +29,7 @@ class GgufArchitecture:
     layer: Mapping[str, str]
 
 
-_LLAMA_LAYER = {
+LLAMA_LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -40,8 +40,8 @@ _LLAMA_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_QWEN3_LAYER = {
-    **_LLAMA_LAYER,
+QWEN3_LAYER = {
+    **LLAMA_LAYER,
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
 }
@@ -57,9 +57,9 @@ _ROTARY = re.compile(r"blk\.\d+\.attn_[qk]\.(?:weight|bias)")
 ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     arch.name: arch
     for arch in (
-        GgufArchitecture("llama", "llama", "LlamaForCausalLM", True, _LLAMA_LAYER),
-        GgufArchitecture("qwen2", "qwen2", "Qwen2ForCausalLM", False, _LLAMA_LAYER),
-        GgufArchitecture("qwen3", "qwen3", "Qwen3ForCausalLM", False, _QWEN3_LAYER),
+        GgufArchitecture("llama", "llama", "LlamaForCausalLM", True, LLAMA_LAYER),
+        GgufArchitecture("qwen2", "qwen2", "Qwen2ForCausalLM", False, LLAMA_LAYER),
+        GgufArchitecture("qwen3", "qwen3", "Qwen3ForCausalLM", False, QWEN3_LAYER),
     )
 }
 

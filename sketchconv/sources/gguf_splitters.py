@@ -19,6 +19,11 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _TAIL
 )
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _TAIL
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,4 +70,6 @@ SPLITTERS: Mapping[str, Splitter] = {
     "qwen2": Splitter(_QWEN2, compose=True),
     "deepseek-r1-qwen": Splitter(_QWEN2, compose=True),
     "tekken": Splitter(_TEKKEN, whole_words=True, begins=True),
+    "dbrx": Splitter(_LLAMA3),
+    "gpt-4o": Splitter(_GPT4O),
 }

@@ -9,12 +9,13 @@ from sketchconv.sources.base import Source
 from sketchconv.sources.checkpoint import CheckpointSource
 from sketchconv.sources.hub import download, is_hub_id
 from sketchconv.sources.sniff import refuse_impostor
+from sketchconv.summary import is_sketch
 
 _PATH_PREFIXES = ("/", "./", "../", "~")
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".sktch", ".bin", ".pt", ".pth", ".ckpt", ".json")
 
 
-def open_source(spec: str, *, revision: str | None = None) -> Source:
+def open_source(spec: str, *, revision: str | None = None, sketches: bool = False) -> Source:
     """Open a source by what its name says; only metadata is read.
 
     An existing path wins over a hub id of the same name. A text that cannot be a hub id, such as
@@ -23,6 +24,7 @@ def open_source(spec: str, *, revision: str | None = None) -> Source:
     Args:
         spec: a folder, a `.gguf` file, or `org/name` on the Hub.
         revision: branch, tag or commit on the Hub.
+        sketches: take a `.sktch` file or a sketch folder too, as the dense model it stands for.
 
     Raises:
         SourceError: nothing there, or nothing that can be converted; one line that says why.
@@ -34,6 +36,10 @@ def open_source(spec: str, *, revision: str | None = None) -> Source:
     if _exists(path):
         if revision is not None:
             raise SourceError(f"{spec}: a revision can be chosen only on the Hub, not for a path")
+        if sketches and is_sketch(path):
+            from sketchconv.sources.sketch import SketchSource
+
+            return SketchSource(path)
         return CheckpointSource(path) if path.is_dir() else _open_file(path)
     if _looks_like_path(spec):
         raise SourceError(f"{spec}: no such file or folder")
@@ -43,6 +49,12 @@ def open_source(spec: str, *, revision: str | None = None) -> Source:
         )
     snapshot = download(spec, revision=revision)
     return CheckpointSource(snapshot.path, id=spec, revision=snapshot.revision)
+
+
+def is_gguf(spec: str) -> bool:
+    """Whether a source is a GGUF file, by its name and by being there."""
+    path = Path(spec).expanduser()
+    return path.suffix.lower() == ".gguf" and _exists(path) and path.is_file()
 
 
 def _exists(path: Path) -> bool:

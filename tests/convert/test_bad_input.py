@@ -180,7 +180,8 @@ def test_places_that_must_not_be_written(fresh_llama, tmp_path):
     for target in (fresh_llama, fresh_llama / "model.safetensors", fresh_llama / "x.sktch", "."):
         refused(sketchconv("convert", fresh_llama, target, "--force", cwd=tmp_path))
     refused(sketchconv("convert", fresh_llama, "no/such/x.sktch", cwd=tmp_path), "no/such")
-    refused(sketchconv("convert", fresh_llama, "x.gguf", cwd=tmp_path), ".gguf")
+    refused(sketchconv("convert", fresh_llama, "x.onnx", cwd=tmp_path), ".onnx")
+    refused(sketchconv("convert", fresh_llama, "no/such/x.gguf", cwd=tmp_path), "no/such")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("my only copy")
     refused(sketchconv("convert", fresh_llama, "mine", cwd=tmp_path), "--force")

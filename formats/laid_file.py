@@ -1,0 +1,75 @@
+"""One file whose every byte has its place before the first is written: header, then tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sketchconv.formats.part import Data, allocate, as_bytes, os_failures, pwrite_all
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One file: all bytes before the data, where each tensor begins, how long it is, the size."""
+
+    header: bytes
+    begin: Mapping[str, int]
+    nbytes: Mapping[str, int]
+    size: int
+
+
+class LaidFile:
+    """A file that takes its tensors in chunks: those of one tensor in order, else in any order.
+
+    Args:
+        fd: open for writing; closed by `close`.
+        path: the file, for errors.
+        layout: of its bytes.
+
+    Raises:
+        OutputFailure: the disk is full or fails.
+    """
+
+    def __init__(self, fd: int, path: Path, layout: FileLayout) -> None:
+        self.path = path
+        self.layout = layout
+        self._fd = fd
+        self._written = dict.fromkeys(layout.begin, 0)
+        with os_failures(path, layout.size):
+            allocate(fd, layout.size)
+            pwrite_all(fd, memoryview(layout.header), 0)
+
+    def append(self, name: str, data: Data) -> None:
+        """Write the next bytes of a tensor.
+
+        Raises:
+            ValueError: more bytes than the tensor has.
+            OutputFailure: the disk is full or fails.
+        """
+        view, at, size = as_bytes(data), self._written[name], self.layout.nbytes[name]
+        if at + len(view) > size:
+            raise ValueError(f"{name}: {at + len(view)} bytes given, the tensor has {size}")
+        with os_failures(self.path):
+            pwrite_all(self._fd, view, self.layout.begin[name] + at)
+        self._written[name] = at + len(view)
+
+    def finish(self) -> None:
+        """Check that every tensor is complete, and force the file to the disk.
+
+        Raises:
+            ValueError: a tensor is incomplete.
+            OutputFailure: the disk fails.
+        """
+        for name, size in self.layout.nbytes.items():
+            if self._written[name] != size:
+                raise ValueError(f"{name}: {self._written[name]} of {size} bytes were given")
+        with os_failures(self.path):
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close the file; may be called again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

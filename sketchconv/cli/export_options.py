@@ -1,0 +1,146 @@
+"""The options of `convert` that go with an export, and the exports themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import click
+
+from sketchconv.cli.sketch_options import given_sketch_options
+
+_OPTIONS: Final = (
+    click.option(
+        "--type",
+        "type_name",
+        metavar="TYPE",
+        help="GGUF: type of the matrices: F32, F16, BF16, Q8_0, Q4_0 and so on. [default: exact] "
+        "Dense: F32, F16 or BF16. [default: the model's own]",
+    ),
+    click.option(
+        "--type-for",
+        "choices",
+        multiple=True,
+        metavar="PATTERN=TYPE",
+        help="GGUF: type of the tensors that a pattern names, e.g. ffn_down=Q8_0; the last wins.",
+    ),
+    click.option(
+        "--tokenizer-pre",
+        metavar="NAME",
+        help="GGUF: how text is split, where it is not recognised.",
+    ),
+    click.option("--dense", is_flag=True, help="Decode SRC into a plain Hugging Face folder, OUT."),
+    click.option("--name", "model_name", help="GGUF: the model's name. [default: the source's]"),
+)
+_NAMES: Final = {
+    "type_name": "--type",
+    "choices": "--type-for",
+    "tokenizer_pre": "--tokenizer-pre",
+    "model_name": "--name",
+}
+
+
+def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of exports."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def refuse_export_options(options: Mapping[str, Any], allowed: tuple[str, ...] = ()) -> None:
+    """Refuse what only a GGUF export takes, but for the options that are allowed.
+
+    Raises:
+        UsageError: names the option.
+    """
+    given = [flag for name, flag in _NAMES.items() if options[name] not in (None, ())]
+    refused = [flag for flag in given if flag not in allowed]
+    if refused:
+        raise click.UsageError(f"{refused[0]} goes with an output that ends in .gguf")
+
+
+def _refuse_sketch_options(options: Mapping[str, Any]) -> None:
+    given = given_sketch_options(options)
+    if given:
+        raise click.UsageError(
+            f"{given[0]} is about sketches; to compress, make a .sktch first and export that"
+        )
+
+
+def write_dense(src: str, out: str, options: Mapping[str, Any]) -> None:
+    """Export SRC as a plain Hugging Face folder, or print the plan of it.
+
+    Raises:
+        UsageError: an option of compression or of GGUF was given.
+        SketchconvError: as `prepare_dense` and `run_dense`.
+    """
+    _refuse_sketch_options(options)
+    refuse_export_options(options, allowed=("--type",))
+    if options["force"]:
+        raise click.UsageError("--force: a dense export replaces nothing; name a new folder")
+    from sketchconv.cli.render_export import print_dense_plan, print_export_report
+    from sketchconv.export.dense import prepare_dense, run_dense
+    from sketchconv.job import DEFAULT_SHARD_BYTES
+
+    job = prepare_dense(
+        src,
+        out,
+        options["type_name"],
+        revision=options["revision"],
+        max_memory=options["max_memory"],
+        max_shard_size=options["max_shard_size"] or DEFAULT_SHARD_BYTES,
+        threads=options["threads"],
+    )
+    if options["dry_run"]:
+        job.source.close()
+        print_dense_plan(job, as_json=options["as_json"])
+        return
+    from sketchconv.cli.progress import show_progress
+
+    with show_progress(quiet=options["quiet"]) as progress:
+        report = run_dense(job, progress=progress)
+    print_export_report(report, "Dense model written", as_json=options["as_json"])
+
+
+def write_gguf(src: str, out: str, options: Mapping[str, Any]) -> None:
+    """Export SRC as GGUF, or print the plan of it.
+
+    Raises:
+        UsageError: an option of compression was given.
+        SketchconvError: as `prepare_gguf` and `run`.
+    """
+    _refuse_sketch_options(options)
+    from sketchconv.cli.render_export import print_export_plan, print_export_report
+    from sketchconv.export.job import prepare_gguf
+    from sketchconv.export.run import run
+
+    job = prepare_gguf(
+        src,
+        out,
+        _recipe(options),
+        revision=options["revision"],
+        max_memory=options["max_memory"],
+        max_shard_size=options["max_shard_size"],
+        threads=options["threads"],
+        force=options["force"],
+    )
+    if options["dry_run"]:
+        job.reader.close()
+        print_export_plan(job, as_json=options["as_json"])
+        return
+    from sketchconv.cli.progress import show_progress
+
+    with show_progress(quiet=options["quiet"]) as progress:
+        report = run(job, progress=progress)
+    print_export_report(report, "GGUF written", as_json=options["as_json"])
+
+
+def _recipe(options: Mapping[str, Any]) -> Any:
+    from sketchconv.export.recipe import AUTO, ExportRecipe, parse_choice
+
+    return ExportRecipe(
+        options["type_name"] or AUTO,
+        tuple(parse_choice(text) for text in options["choices"]),
+        options["tokenizer_pre"],
+        options["model_name"],
+    )

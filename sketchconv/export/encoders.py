@@ -1,0 +1,115 @@
+"""The types that a GGUF export can write: for each an encoder, and what stands in for it.
+
+One line in `ENCODERS` adds a type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from sketchconv.errors import RecipeError, WeightError
+from sketchconv.formats.gguf_types import GGML_TYPES, GgmlType
+from sketchconv.formats.tensors import f32_to_bf16
+
+Rows = npt.NDArray[np.float32]
+Blocks = npt.NDArray[np.uint8]
+_F16_MAX: Final = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """One type that can be written.
+
+    Attributes:
+        type: its block layout.
+        encode: float32 ``[rows, columns]`` to uint8 ``[rows, row_bytes]``; rows fit the block, and
+            every value is finite. Each block depends on its own values alone.
+        fallback: the type for rows that are no multiple of the block, as llama.cpp chooses it.
+        head: the type for token embeddings and output where this one is the default.
+    """
+
+    type: GgmlType
+    encode: Callable[[Rows], Blocks]
+    fallback: str = "F16"
+    head: str | None = None
+
+
+def _float32(rows: Rows) -> Blocks:
+    return np.ascontiguousarray(rows, "<f4").view(np.uint8)
+
+
+def _float16(rows: Rows) -> Blocks:
+    with np.errstate(over="ignore"):
+        values = rows.astype("<f2")
+    if np.isinf(values).any():
+        worst = float(np.abs(rows).max())
+        raise WeightError(
+            f"{worst:g} is beyond F16, which ends at {_F16_MAX:g}; choose BF16 or F32"
+        )
+    return values.view(np.uint8)
+
+
+def _bfloat16(rows: Rows) -> Blocks:
+    return f32_to_bf16(rows).view(np.uint8)
+
+
+def _by_gguf(name: str) -> Callable[[Rows], Blocks]:
+    """The reference encoder of the `gguf` package, in NumPy."""
+
+    def encode(rows: Rows) -> Blocks:
+        from gguf import GGMLQuantizationType, quants
+
+        with np.errstate(all="ignore"):
+            blocks: Blocks = quants.quantize(rows, GGMLQuantizationType[name])
+        return blocks
+
+    return encode
+
+
+def _packed(name: str, fallback: str = "F16", head: str | None = "Q8_0") -> Encoder:
+    return Encoder(GGML_TYPES[name], _by_gguf(name), fallback, head)
+
+
+_ALL: Final = (
+    Encoder(GGML_TYPES["F32"], _float32, "F32"),
+    Encoder(GGML_TYPES["F16"], _float16),
+    Encoder(GGML_TYPES["BF16"], _bfloat16),
+    _packed("Q8_0", head=None),
+    _packed("Q5_1"),
+    _packed("Q5_0"),
+    _packed("Q4_1"),
+    _packed("Q4_0"),
+    _packed("MXFP4"),
+    _packed("TQ1_0", fallback="Q4_0"),
+    _packed("TQ2_0", fallback="Q4_0"),
+)
+
+ENCODERS: Final[Mapping[str, Encoder]] = MappingProxyType({e.type.name: e for e in _ALL})
+"""Every type that can be written, by name."""
+
+
+def encoder_named(name: str) -> Encoder:
+    """The encoder of a type, named in any case.
+
+    Raises:
+        RecipeError: no such type, or none that can be written.
+    """
+    found = ENCODERS.get(name.upper())
+    if found is None:
+        known = ", ".join(ENCODERS)
+        what = "cannot be written yet" if name.upper() in GGML_TYPES else "is no GGUF type"
+        raise RecipeError(f"type {name!r} {what}; choose one of {known}")
+    return found
+
+
+def fitting(encoder: Encoder, columns: int) -> Encoder:
+    """The encoder itself, or the first of its fallbacks whose blocks fit rows of `columns`."""
+    while not encoder.type.fits(columns):
+        encoder = ENCODERS[encoder.fallback]
+    return encoder

@@ -1,0 +1,154 @@
+"""A GGUF export that has been checked from metadata and can start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sketchconv.errors import OutputError, SourceError
+from sketchconv.export.gguf_model import from_model
+from sketchconv.export.plan import ExportPlan
+from sketchconv.export.recipe import ExportRecipe
+from sketchconv.export.reexport import from_gguf
+from sketchconv.export.rows import RowReader
+from sketchconv.formats.gguf_layout import part_layouts
+from sketchconv.formats.gguf_writer import GgufWriter
+from sketchconv.formats.laid_file import FileLayout
+from sketchconv.kernels.threads import available_threads
+from sketchconv.memory import chunk_budget
+from sketchconv.sources.open import is_gguf, open_source
+
+
+@dataclass(frozen=True, slots=True)
+class GgufJob:
+    """All that is known of an export before the first weight is read.
+
+    Attributes:
+        source: name of what is exported; `source_format` and `source_bytes` go with it.
+        output: the path that was asked for; with parts, the files are named after it.
+        plan: every tensor of the output.
+        reader: gives the tensors' rows; `run` closes it.
+        layouts: of each file by name.
+        tokenizer: in words.
+        budget: bytes of working memory for all chunks of rows together.
+        threads: that encode.
+        overwrite: replace what is there.
+    """
+
+    source: str
+    source_format: str
+    source_bytes: int
+    output: Path
+    plan: ExportPlan
+    reader: RowReader
+    layouts: Mapping[str, FileLayout]
+    tokenizer: str
+    budget: int
+    threads: int
+    overwrite: bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Exact bytes of every file."""
+        return {name: layout.size for name, layout in self.layouts.items()}
+
+    @property
+    def output_bytes(self) -> int:
+        """Exact bytes on disk of the finished output."""
+        return sum(self.sizes.values())
+
+    def writer(self) -> GgufWriter:
+        """Open the output for writing, as temporaries beside it."""
+        return GgufWriter(self.output.absolute().parent, self.layouts, self.overwrite)
+
+
+def prepare_gguf(
+    src: str | Path,
+    out: str | Path,
+    recipe: ExportRecipe | None = None,
+    *,
+    revision: str | None = None,
+    max_memory: int | None = None,
+    max_shard_size: int | None = None,
+    threads: int | None = None,
+    force: bool = False,
+) -> GgufJob:
+    """Open the source and decide everything that can be decided from metadata.
+
+    Args:
+        src: a `.sktch` file, a sketch folder, a Hugging Face folder, a hub id or a `.gguf` file.
+        out: a path that ends in `.gguf`.
+        recipe: the types of the tensors; exact ones by default.
+        revision: branch, tag or commit on the Hub.
+        max_memory: limit on the process's anonymous memory in bytes.
+        max_shard_size: bytes of tensor data per part; one file by default.
+        threads: that encode; all cores by default. The bytes do not depend on it.
+        force: replace existing files.
+
+    Raises:
+        SketchconvError: source, recipe and output do not fit together, or the architecture or
+            the tokenizer is not supported; nothing has been written.
+    """
+    if not str(src) or not str(out):
+        raise SourceError("the source and the output must not be empty")
+    recipe, output = recipe or ExportRecipe(), Path(out)
+    if not output.absolute().parent.is_dir():
+        raise OutputError(f"{output.absolute().parent}: no such folder; create it first")
+    reader: RowReader
+    if is_gguf(str(src)) and revision is None:
+        reader, content = from_gguf(Path(src).expanduser(), recipe)
+    else:
+        source = open_source(str(src), revision=revision, sketches=True)
+        try:
+            reader, content = from_model(source, recipe)
+        except BaseException:
+            source.close()
+            raise
+    try:
+        infos = [step.info for step in content.plan.steps]
+        layouts = part_layouts(
+            output.name, content.values, infos, max_shard_size, content.alignment
+        )
+        check_outputs(output.absolute().parent, layouts, reader.paths, force=force)
+        # After planning: what the libraries take is in use by now.
+        budget = chunk_budget(max_memory)
+    except BaseException:
+        reader.close()
+        raise
+    return GgufJob(
+        reader.id,
+        reader.format,
+        reader.nbytes,
+        output,
+        content.plan,
+        reader,
+        layouts,
+        content.tokenizer,
+        budget,
+        threads or available_threads(),
+        force,
+    )
+
+
+def check_outputs(
+    folder: Path, names: Mapping[str, object], sources: tuple[Path, ...], *, force: bool
+) -> None:
+    """Refuse an output that is the source or lies in it, or that is there already.
+
+    Raises:
+        OutputError: says which, and what to do.
+    """
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: no such folder; create it first")
+    for name in names:
+        target = (folder / name).resolve()
+        for source in sources:
+            origin = source.resolve()
+            if target == origin or origin in target.parents or target in origin.parents:
+                raise OutputError(
+                    f"{folder / name}: the output would overwrite the source {source}; choose"
+                    " another place"
+                )
+        if target.exists() and not force:
+            raise OutputError(f"{folder / name}: exists already; pass --force to replace it")

@@ -1,0 +1,175 @@
+"""Rows of an export's tensors as bytes: read, changed, checked, encoded; chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sketchconv.errors import WeightError
+from sketchconv.export.encoders import ENCODERS
+from sketchconv.export.plan import ExportStep
+from sketchconv.export.pool import in_order
+from sketchconv.sources.base import Source
+
+Float32 = npt.NDArray[np.float32]
+# Working copies of a value while it is encoded: MXFP4's encoder compares it with 16 others.
+BYTES_PER_VALUE: Final = 96
+_SPAN: Final = 64
+# Values per piece at most.
+PIECE: Final = 1 << 20
+
+
+class RowReader(Protocol):
+    """Where the rows of an export come from."""
+
+    id: str
+    format: str
+    nbytes: int
+    paths: tuple[Path, ...]
+
+    def rows(self, step: ExportStep, begin: int, end: int) -> Float32:
+        """Rows [begin, end) of the output as float32 ``[rows, columns]``."""
+
+    def verbatim(self, step: ExportStep, begin: int, end: int) -> bytes:
+        """The same rows as the source has them; only where the step says so."""
+
+    def close(self) -> None:
+        """Close the source."""
+
+
+class SourceRows:
+    """Rows of a Hugging Face checkpoint or a sketch, in GGUF's order."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.id, self.format, self.nbytes = source.id, source.format, source.nbytes
+        self.paths = source.paths
+
+    def rows(self, step: ExportStep, begin: int, end: int) -> Float32:
+        """Rows of the output; a transposed tensor is read as a whole.
+
+        Raises:
+            SourceError: the file has become shorter.
+        """
+        if step.source is None:
+            return np.asarray([step.values], np.float32)
+        if step.change == "transpose":
+            whole = self._read(step.source, 0, step.info.shape[-1])
+            return np.ascontiguousarray(whole.T[begin:end])
+        if len(step.info.shape) == 1:
+            values = self._read(step.source, 0, step.info.shape[0]).reshape(-1, 1)
+            return np.ascontiguousarray(_changed(step, values, 0, len(values)).reshape(1, -1))
+        first, last = span(step, begin, end)
+        return _changed(step, self._read(step.source, first, last), begin - first, end - first)
+
+    def _read(self, name: str, begin: int, end: int) -> Float32:
+        return self.source.float32(name, self.source.rows(name, begin, end))
+
+    def verbatim(self, step: ExportStep, begin: int, end: int) -> bytes:
+        """No step of such a source is copied as it is."""
+        raise TypeError(f"{step.name}: {self.format} rows are never copied as they are")
+
+    def close(self) -> None:
+        """Close the source."""
+        self.source.close()
+
+
+def span(step: ExportStep, begin: int, end: int) -> tuple[int, int]:
+    """Rows of the source that hold rows [begin, end) of the output: whole heads for q and k."""
+    if step.change not in ("rotary_q", "rotary_k"):
+        return begin, end
+    size = step.head_rows
+    return begin // size * size, -(-end // size) * size
+
+
+def _changed(step: ExportStep, values: Float32, begin: int, end: int) -> Float32:
+    """Rows [begin, end) of what was read, after the step's change."""
+    if step.change == "plus_one":
+        return values[begin:end] + np.float32(1.0)
+    if step.change in ("rotary_q", "rotary_k"):
+        return values[rotary_order(np.arange(begin, end), step.head_rows)]
+    return values[begin:end]
+
+
+def rotary_order(rows: npt.NDArray[np.int64], head_rows: int) -> npt.NDArray[np.int64]:
+    """Hugging Face's row for each row of GGUF: pairs side by side become halves of a head."""
+    head, inner = np.divmod(rows, head_rows)
+    index, half = np.divmod(inner, 2)
+    found: npt.NDArray[np.int64] = head * head_rows + half * (head_rows // 2) + index
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The next bytes of one tensor of the output."""
+
+    step: ExportStep
+    values: int
+    data: bytes
+
+
+def encoded(
+    reader: RowReader, steps: Iterable[ExportStep], budget: int, threads: int
+) -> Iterator[Encoded]:
+    """The data of all tensors in order, in pieces of whole rows.
+
+    Args:
+        reader: where rows come from; read by several threads at once.
+        steps: the tensors.
+        budget: bytes of working memory for the pieces that are in work together.
+        threads: that read and encode. The bytes do not depend on it.
+
+    Raises:
+        WeightError: a value is NaN or infinite, or beyond the type.
+        SourceError: the source cannot be read.
+    """
+    share = budget // (threads + 1)
+    spans = ((step, *span) for step in steps for span in _spans(step, share))
+    for (step, begin, end), data in in_order(spans, lambda s: _encoded(reader, *s), threads):
+        yield Encoded(step, (end - begin) * step.info.shape[-1], data)
+
+
+def _spans(step: ExportStep, budget: int) -> Iterator[tuple[int, int]]:
+    """Runs of rows: a transposed tensor at once, others by what the memory and the caches take."""
+    columns = step.info.shape[-1]
+    size = max(1, min(budget // BYTES_PER_VALUE, PIECE) // columns)
+    if step.change == "transpose":
+        size = step.rows
+    elif size > _SPAN:
+        size -= size % _SPAN
+    return ((begin, min(begin + size, step.rows)) for begin in range(0, step.rows, size))
+
+
+def _encoded(reader: RowReader, step: ExportStep, begin: int, end: int) -> bytes:
+    if step.verbatim:
+        return reader.verbatim(step, begin, end)
+    rows = np.ascontiguousarray(reader.rows(step, begin, end), np.float32)
+    check_finite(step.source or step.name, rows, begin)
+    try:
+        blocks: Any = ENCODERS[step.info.type.name].encode(rows)
+    except WeightError as error:
+        raise WeightError(f"{step.source or step.name}: {error}") from None
+    data: bytes = blocks.tobytes()
+    return data
+
+
+def check_finite(name: str, rows: Float32, begin: int) -> None:
+    """Refuse NaN and infinity by name, row and count; `begin` is the number of the first row.
+
+    Raises:
+        WeightError: at least one value is not finite.
+    """
+    finite = np.isfinite(rows)
+    if finite.all():
+        return
+    counts = (~finite).sum(axis=1)
+    row = int(counts.argmax())
+    raise WeightError(
+        f"{name}: {int(counts.sum())} values are NaN or infinite, the most in row {begin + row}"
+        f" ({int(counts[row])}); repair the checkpoint"
+    )
