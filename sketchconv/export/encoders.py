@@ -72,8 +72,22 @@ def _by_gguf(name: str) -> Callable[[Rows], Blocks]:
     return encode
 
 
+def _by_blocks(name: str) -> Callable[[Rows], Blocks]:
+    """Our own encoder: less error than llama.cpp's; an export has its own threads."""
+
+    def encode(rows: Rows) -> Blocks:
+        from sketchconv.kernels.ggml.blocks import encode as encode_blocks
+
+        try:
+            return encode_blocks(name, rows, threads=1)
+        except ValueError as error:
+            raise WeightError(f"{error}; choose BF16 or F32") from None
+
+    return encode
+
+
 def _packed(name: str, fallback: str = "F16", head: str | None = "Q8_0") -> Encoder:
-    return Encoder(GGML_TYPES[name], _by_gguf(name), fallback, head)
+    return Encoder(GGML_TYPES[name], _by_blocks(name), fallback, head)
 
 
 _ALL: Final = (
@@ -81,13 +95,20 @@ _ALL: Final = (
     Encoder(GGML_TYPES["F16"], _float16),
     Encoder(GGML_TYPES["BF16"], _bfloat16),
     _packed("Q8_0", head=None),
+    _packed("Q6_K", fallback="Q8_0", head=None),
+    _packed("Q5_K", fallback="Q5_1", head="Q6_K"),
     _packed("Q5_1"),
     _packed("Q5_0"),
+    _packed("Q4_K", fallback="Q5_0", head="Q6_K"),
+    _packed("IQ4_NL"),
+    _packed("IQ4_XS", fallback="IQ4_NL", head="Q6_K"),
     _packed("Q4_1"),
     _packed("Q4_0"),
-    _packed("MXFP4"),
-    _packed("TQ1_0", fallback="Q4_0"),
-    _packed("TQ2_0", fallback="Q4_0"),
+    Encoder(GGML_TYPES["MXFP4"], _by_gguf("MXFP4"), head="Q8_0"),
+    _packed("Q3_K", fallback="IQ4_NL", head="Q6_K"),
+    _packed("Q2_K", fallback="IQ4_NL", head="Q6_K"),
+    Encoder(GGML_TYPES["TQ1_0"], _by_gguf("TQ1_0"), "Q4_0", "Q8_0"),
+    Encoder(GGML_TYPES["TQ2_0"], _by_gguf("TQ2_0"), "Q4_0", "Q8_0"),
 )
 
 ENCODERS: Final[Mapping[str, Encoder]] = MappingProxyType({e.type.name: e for e in _ALL})
@@ -103,6 +124,12 @@ def encoder_named(name: str) -> Encoder:
     found = ENCODERS.get(name.upper())
     if found is None:
         known = ", ".join(ENCODERS)
+        base = name.upper().rpartition("_")[0]
+        if base in ENCODERS and base.endswith("_K"):
+            raise RecipeError(
+                f"type {name!r} is a mixture; choose its parts, for instance --type {base} "
+                "--type-for attn_v=Q6_K --type-for ffn_down=Q6_K"
+            )
         what = "cannot be written yet" if name.upper() in GGML_TYPES else "is no GGUF type"
         raise RecipeError(f"type {name!r} {what}; choose one of {known}")
     return found

@@ -1,4 +1,4 @@
-"""Every type: the file's blocks are those of the reference encoder, and llama.cpp runs them."""
+"""Every type: the file's blocks are those of its reference encoder, and llama.cpp runs them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from sketchconv.export.planner import choose_type
 from sketchconv.export.recipe import ExportRecipe, parse_choice
 from sketchconv.export.rows import rotary_order
 from sketchconv.export.run import export_gguf
+from sketchconv.kernels.ggml.blocks import encode_plain
+from sketchconv.kernels.ggml.kinds import KINDS
 
 QUANTIZED = [name for name in ENCODERS if name not in ("F32", "F16", "BF16")]
 
@@ -54,6 +56,13 @@ def expected_weights(folder):
     return found
 
 
+def reference_blocks(kind, value):
+    """By our plain encoder, or where we have none by that of the `gguf` package."""
+    if kind.name in KINDS:
+        return encode_plain(kind.name, np.ascontiguousarray(value, np.float32))
+    return gguf.quants.quantize(value, kind)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_block_is_the_reference_encoders(wide, name, tmp_path):
     path = tmp_path / "model.gguf"
@@ -63,7 +72,7 @@ def test_every_block_is_the_reference_encoders(wide, name, tmp_path):
     for tensor, value in expected.items():
         kind, raw, values = found[tensor]
         wanted = gguf.GGMLQuantizationType[name if value.ndim > 1 else "F32"]
-        quantized = gguf.quants.quantize(value, wanted)
+        quantized = reference_blocks(wanted, value)
         assert kind == wanted.name, tensor
         assert raw == np.ascontiguousarray(quantized).tobytes(), tensor
         assert np.array_equal(values, gguf.quants.dequantize(quantized, wanted)), tensor
@@ -110,7 +119,16 @@ def test_rotary_order_is_the_known_reshape():
 
 @pytest.mark.parametrize(
     ("wanted", "columns", "chosen"),
-    [("Q8_0", 576, "Q8_0"), ("Q8_0", 60, "F16"), ("TQ2_0", 576, "Q4_0"), ("TQ1_0", 30, "F16")],
+    [
+        ("Q8_0", 576, "Q8_0"),
+        ("Q8_0", 60, "F16"),
+        ("TQ2_0", 576, "Q4_0"),
+        ("TQ1_0", 30, "F16"),
+        ("Q4_K", 576, "Q5_0"),
+        ("Q5_K", 576, "Q5_1"),
+        ("Q6_K", 576, "Q8_0"),
+        ("Q2_K", 576, "IQ4_NL"),
+    ],
 )
 def test_rows_that_do_not_fit_the_blocks_fall_back_as_in_llama_cpp(wanted, columns, chosen):
     assert fitting(ENCODERS[wanted], columns).type.name == chosen
@@ -162,10 +180,15 @@ def test_a_pattern_that_names_nothing_is_refused(models, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["Q4_9", "Q4_K_Z", ""])
+@pytest.mark.parametrize("text", ["Q4_9", "Q4_Z_K", ""])
 def test_an_unknown_type_is_refused(text):
     with pytest.raises(RecipeError, match="choose one of"):
         encoder_named(text)
+
+
+def test_a_mixture_is_refused_with_its_parts():
+    with pytest.raises(RecipeError, match="--type Q4_K --type-for attn_v=Q6_K"):
+        encoder_named("Q4_K_M")
 
 
 @pytest.mark.parametrize("text", ["Q8_0", "=Q8_0", "ffn_down"])
