@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from sketchconv.formats import staging
+from sketchconv.formats.errors import OutputFailure
 from sketchconv.formats.laid_file import FileLayout, LaidFile
-from sketchconv.formats.part import Data, check_space
+from sketchconv.formats.part import Data, check_space, os_failures
 
 
 class GgufWriter:
@@ -46,12 +48,24 @@ class GgufWriter:
             raise
 
     def _stage(self, path: Path, layout: FileLayout) -> None:
-        descriptor = staging.open_file(path)
+        descriptor = self._opened(path)
         try:
             self._files[path] = LaidFile(descriptor, path, layout)
         except BaseException:
             os.close(descriptor)
             staging.discard(path, folder=False)
+            raise
+
+    def _opened(self, path: Path) -> int:
+        try:
+            return staging.open_file(path)
+        except OutputFailure as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+                raise OutputFailure(
+                    f"cannot write {path}: {len(self._files)} parts are open, and the system opens"
+                    " no more files at once; choose larger parts"
+                ) from error
             raise
 
     def append(self, name: str, data: Data) -> None:
@@ -71,25 +85,44 @@ class GgufWriter:
         Raises:
             ValueError: a tensor is incomplete, or the writer is closed.
             OutputFailure: the disk fails, or the target appeared meanwhile.
-            In every case the temporaries, and parts that were new, are removed.
+            In every case the temporaries, and parts that were new, are removed, and parts that
+            were to be replaced are back.
         """
         self._check_open()
-        fresh = [path for path in self._files if not path.exists()]
         try:
             for file in self._files.values():
                 file.finish()
-            first, *rest = self._files
-            if rest:
-                # Old and new parts together would be a wrong model; without the first it is none.
-                first.unlink(missing_ok=True)
-            for path in (*rest, first):
-                staging.publish(path, folder=False, overwrite=self._overwrite)
+            self._publish()
         except BaseException:
-            for path in fresh:
-                path.unlink(missing_ok=True)
             self.abort()
             raise
         self._close()
+
+    def _publish(self) -> None:
+        first, *rest = self._files
+        there = [path for path in self._files if path.exists()] if self._overwrite else []
+        # Old and new parts together would be a wrong model. One file is replaced in one step.
+        aside = {path: staging.old_path(path) for path in there} if rest else {}
+        try:
+            for path, old in aside.items():
+                with os_failures(path):
+                    path.replace(old)
+            for path in (*rest, first):
+                staging.publish(path, folder=False, overwrite=self._overwrite)
+        except BaseException:
+            self._take_back(aside, there)
+            raise
+        for old in aside.values():
+            old.unlink(missing_ok=True)
+
+    def _take_back(self, aside: Mapping[Path, Path], there: list[Path]) -> None:
+        """Remove what this writer renamed into place, by identity, and put old parts back."""
+        for path, file in self._files.items():
+            if (path in aside or path not in there) and file.is_there():
+                path.unlink(missing_ok=True)
+        for path, old in aside.items():
+            if old.exists() and not path.exists():
+                old.rename(path)
 
     def abort(self) -> None:
         """Remove the temporaries; does nothing after a commit."""

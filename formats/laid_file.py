@@ -68,6 +68,14 @@ class LaidFile:
         with os_failures(self.path):
             os.fsync(self._fd)
 
+    def is_there(self) -> bool:
+        """Whether the path names this very file, rather than nothing or somebody else's."""
+        try:
+            named, held = self.path.lstat(), os.fstat(self._fd)
+        except OSError:
+            return False
+        return (named.st_ino, named.st_dev) == (held.st_ino, held.st_dev)
+
     def close(self) -> None:
         """Close the file; may be called again."""
         if self._fd >= 0:

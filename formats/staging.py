@@ -28,6 +28,11 @@ def staging_path(target: Path) -> Path:
     return target.parent / f".{target.name}{SUFFIX}"
 
 
+def old_path(target: Path) -> Path:
+    """Return where an old output waits beside `target` while a new one is put in its place."""
+    return target.parent / f".{target.name}{_OLD}"
+
+
 def check_target(target: Path, *, folder: bool, overwrite: bool) -> None:
     """Check that an output may be written, before anything is.
 
@@ -108,7 +113,7 @@ def publish(target: Path, *, folder: bool, overwrite: bool) -> None:
         OutputFailure: if the target appeared meanwhile, or the disk fails.
     """
     check_target(target, folder=folder, overwrite=overwrite)
-    old = target.parent / f".{target.name}{_OLD}"
+    old = old_path(target)
     with os_failures(target):
         if folder and target.exists():
             shutil.rmtree(old, ignore_errors=True)

@@ -27,6 +27,7 @@ class ExportArchitecture:
         rotary: rows of q and k are stored in the order of adjacent rotary pairs.
         norm_offset: GGUF stores 1 + w for RMSNorm's weights.
         output: whether an output matrix of its own is possible.
+        biases: GGUF modules of a layer that may have a bias.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ExportArchitecture:
     rotary: bool = False
     norm_offset: bool = False
     output: bool = True
+    biases: frozenset[str] = frozenset()
 
     def gguf_name(self, name: str) -> str:
         """The GGUF name of one of the model's own tensor names.
@@ -47,12 +49,14 @@ class ExportArchitecture:
         if name in self.globals:
             return self.globals[name]
         match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)\.(weight|bias)", name)
-        if match is None or match[2] not in self.layer:
+        module = self.layer.get(match[2]) if match else None
+        allowed = match is not None and (match[3] == "weight" or module in self.biases)
+        if match is None or module is None or not allowed:
             raise ArchitectureError(
                 f"{name}: GGUF architecture {self.name!r} has no place for this tensor; the model"
                 " cannot be exported without changing what it computes"
             )
-        return f"blk.{int(match[1])}.{self.layer[match[2]]}.{match[3]}"
+        return f"blk.{int(match[1])}.{module}.{match[3]}"
 
     def change(self, gguf_name: str) -> Change:
         """What is done to a tensor's values or rows on the way."""
@@ -111,12 +115,20 @@ _GPT2_GLOBALS: Final = {
     "lm_head.weight": "output.weight",
 }
 _STACK: Final = "model.layers"
+_QKV: Final = frozenset({"attn_q", "attn_k", "attn_v"})
+_LLAMA_BIASES: Final = _QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 
 _ALL: Final = (
     ExportArchitecture(
-        "llama", ("LlamaForCausalLM", "MistralForCausalLM"), _GLOBALS, _STACK, _LLAMA, rotary=True
+        "llama",
+        ("LlamaForCausalLM", "MistralForCausalLM"),
+        _GLOBALS,
+        _STACK,
+        _LLAMA,
+        rotary=True,
+        biases=_LLAMA_BIASES,
     ),
-    ExportArchitecture("qwen2", ("Qwen2ForCausalLM",), _GLOBALS, _STACK, _LLAMA),
+    ExportArchitecture("qwen2", ("Qwen2ForCausalLM",), _GLOBALS, _STACK, _LLAMA, biases=_QKV),
     ExportArchitecture("qwen3", ("Qwen3ForCausalLM",), _GLOBALS, _STACK, _QWEN3),
     ExportArchitecture(
         "gemma2",
@@ -131,7 +143,14 @@ _ALL: Final = (
         "gemma3", ("Gemma3ForCausalLM",), _GLOBALS, _STACK, _GEMMA3, norm_offset=True
     ),
     ExportArchitecture("phi3", ("Phi3ForCausalLM",), _GLOBALS, _STACK, _PHI3),
-    ExportArchitecture("gpt2", ("GPT2LMHeadModel",), _GPT2_GLOBALS, "transformer.h", _GPT2),
+    ExportArchitecture(
+        "gpt2",
+        ("GPT2LMHeadModel",),
+        _GPT2_GLOBALS,
+        "transformer.h",
+        _GPT2,
+        biases=frozenset(_GPT2.values()),
+    ),
 )
 
 ARCHITECTURES: Final[Mapping[str, ExportArchitecture]] = MappingProxyType(

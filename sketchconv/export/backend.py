@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from sketchconv.errors import SourceError
+
+_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)
+
+
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Within it, whatever the library raises is an error of the tokenizer's file.
+
+    Its panics are no `Exception`, and it raises nothing narrower than that either.
+
+    Raises:
+        SourceError: says what the library said.
+    """
+    try:
+        yield
+    except _OURS:
+        raise
+    except BaseException as error:
+        raise SourceError(f"tokenizer.json: {error}; download it again") from None
 
 
 def running_tokenizer(value: Mapping[str, Any]) -> Any:
@@ -17,11 +37,8 @@ def running_tokenizer(value: Mapping[str, Any]) -> Any:
     """
     from tokenizers import Tokenizer
 
-    try:
+    with library_errors():
         return Tokenizer.from_str(json.dumps(value))
-    except Exception as error:
-        # The library raises nothing narrower.
-        raise SourceError(f"tokenizer.json: {error}; download it again") from None
 
 
 def without_vocabulary(normalizer: Any, pre_tokenizer: Any) -> Any:

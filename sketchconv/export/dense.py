@@ -110,7 +110,9 @@ def prepare_dense(
         _check_output(output, source)
         infos = tuple(_info(source, info, wanted) for info in source.infos.values())
         layouts = dense_layouts(infos, max_shard_size)
-        files = with_index({**source.files(), "config.json": _config(source, wanted)}, layouts)
+        files = with_index(
+            {**source.files(), "config.json": _config(source, wanted, infos)}, layouts
+        )
         _warm_up(source)
         budget = chunk_budget(max_memory)
     except BaseException:
@@ -200,8 +202,12 @@ def _info(source: Source, info: TensorInfo, wanted: str | None) -> TensorInfo:
     return TensorInfo(info.name, dtype, info.shape)
 
 
-def _config(source: Source, wanted: str | None) -> bytes:
+def _config(source: Source, wanted: str | None, infos: tuple[TensorInfo, ...]) -> bytes:
     config = dict(source.config())
+    if wanted is None and source.format == "gguf":
+        # Such a config is made up, and its dtype with it: that of most values is the true one.
+        counts = {name: sum(i.count for i in infos if i.dtype == name) for name in DTYPES}
+        wanted = max(counts, key=counts.__getitem__)
     if wanted is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = DTYPES[wanted]

@@ -59,14 +59,26 @@ def _bfloat16(rows: Rows) -> Blocks:
     return f32_to_bf16(rows).view(np.uint8)
 
 
-def _by_gguf(name: str) -> Callable[[Rows], Blocks]:
-    """The reference encoder of the `gguf` package, in NumPy."""
+def _by_gguf(name: str, scales: tuple[int, ...]) -> Callable[[Rows], Blocks]:
+    """The reference encoder of the `gguf` package, in NumPy.
+
+    `scales` are the bytes of a block where its F16 numbers begin.
+    """
+    size = GGML_TYPES[name].block_bytes
 
     def encode(rows: Rows) -> Blocks:
         from gguf import GGMLQuantizationType, quants
 
         with np.errstate(all="ignore"):
             blocks: Blocks = quants.quantize(rows, GGMLQuantizationType[name])
+        for at in scales:
+            halves = blocks.reshape(-1, size)[:, at : at + 2].copy().view("<f2")
+            if not np.isfinite(halves).all():
+                worst = float(np.abs(rows).max())
+                raise WeightError(
+                    f"blocks with values up to {worst:g} need scales beyond F16, which {name}"
+                    " keeps them in; choose BF16 or F32"
+                )
         return blocks
 
     return encode
@@ -104,12 +116,12 @@ _ALL: Final = (
     _packed("IQ4_XS", fallback="IQ4_NL", head="Q6_K"),
     _packed("Q4_1"),
     # Least squares give SmolLM2 a KL of .59 where the plain rounding of llama.cpp gives .41.
-    Encoder(GGML_TYPES["Q4_0"], _by_gguf("Q4_0"), head="Q8_0"),
-    Encoder(GGML_TYPES["MXFP4"], _by_gguf("MXFP4"), head="Q8_0"),
+    Encoder(GGML_TYPES["Q4_0"], _by_gguf("Q4_0", (0,)), head="Q8_0"),
+    Encoder(GGML_TYPES["MXFP4"], _by_gguf("MXFP4", ()), head="Q8_0"),  # powers of two
     _packed("Q3_K", fallback="IQ4_NL", head="Q6_K"),
     _packed("Q2_K", fallback="IQ4_NL", head="Q6_K"),
-    Encoder(GGML_TYPES["TQ1_0"], _by_gguf("TQ1_0"), "Q4_0", "Q8_0"),
-    Encoder(GGML_TYPES["TQ2_0"], _by_gguf("TQ2_0"), "Q4_0", "Q8_0"),
+    Encoder(GGML_TYPES["TQ1_0"], _by_gguf("TQ1_0", (52,)), "Q4_0", "Q8_0"),
+    Encoder(GGML_TYPES["TQ2_0"], _by_gguf("TQ2_0", (64,)), "Q4_0", "Q8_0"),
 )
 
 ENCODERS: Final[Mapping[str, Encoder]] = MappingProxyType({e.type.name: e for e in _ALL})

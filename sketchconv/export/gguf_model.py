@@ -10,6 +10,7 @@ from sketchconv.errors import ArchitectureError
 from sketchconv.export.architectures import Change, ExportArchitecture, find_architecture
 from sketchconv.export.content import GgufContent
 from sketchconv.export.hyperparameters import Hyperparameters, hyperparameters
+from sketchconv.export.llama_cpp_names import check_model_name
 from sketchconv.export.metadata import general_keys, model_name, provenance_keys, read_card
 from sketchconv.export.plan import ExportPlan
 from sketchconv.export.planner import plan_export
@@ -98,6 +99,7 @@ def _values(
     model_id = str(origin.get("model") or source.id)
     card = {} if isinstance(source, SketchSource) else read_card(source.paths[0])
     name = recipe.name or model_name(model_id)
+    check_model_name(name, tokenizer.tokens)
     types = plan.types()
     return {
         **general_keys(architecture.name, name, plan.parameters, plan.main_type(), card, model_id),

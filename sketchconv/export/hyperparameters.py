@@ -56,6 +56,8 @@ class _Build:
             )
 
     def rope(self, parts: tuple[Mapping[str, bytes], RopeTensors]) -> None:
+        frequencies = "rope_freqs.weight" in parts[1]
+        self.require(self.name == "llama" or not frequencies, "rope_type is 'llama3'")
         for key, value in parts[0].items():
             self.put(key, value)
         self.tensors.update(parts[1])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sketchconv.errors import RecipeError
 from sketchconv.export.encoders import encoder_named
+from sketchconv.export.llama_cpp_names import check_splitter_name
 from sketchconv.recipe import matches
 
 AUTO = "AUTO"
@@ -53,6 +54,8 @@ class ExportRecipe:
             object.__setattr__(self, "type", AUTO)
         else:
             object.__setattr__(self, "type", encoder_named(self.type).type.name)
+        if self.tokenizer_pre is not None:
+            check_splitter_name(self.tokenizer_pre)
 
     def choice_for(self, *names: str) -> TypeChoice | None:
         """The choice that decides for a tensor of these names: the last that names it."""

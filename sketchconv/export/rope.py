@@ -47,6 +47,11 @@ def _yarn(rope: Mapping[str, Any]) -> RopeKeys:
     for key in ("attention_factor", "mscale", "mscale_all_dim"):
         if rope.get(key) is not None:
             raise ArchitectureError(f"config: yarn with {key} = {rope[key]} is not supported")
+    if not rope.get("truncate", True):
+        raise ArchitectureError(
+            "config: yarn with truncate = false is not supported: llama.cpp rounds the borders"
+            " between stretched and kept frequencies"
+        )
     for key, usual in _YARN_DEFAULTS.items():
         if float(rope.get(key) or usual) != usual:
             raise ArchitectureError(f"config: yarn with {key} = {rope[key]} is not supported")

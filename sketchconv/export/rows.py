@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class SourceRows:
         self.source = source
         self.id, self.format, self.nbytes = source.id, source.format, source.nbytes
         self.paths = source.paths
+        self._lock = threading.Lock()
+        self._kept: tuple[str, Float32] | None = None
 
     def rows(self, step: ExportStep, begin: int, end: int) -> Float32:
         """Rows of the output; a transposed tensor is read as a whole.
@@ -59,13 +62,21 @@ class SourceRows:
         if step.source is None:
             return np.asarray([step.values], np.float32)
         if step.change == "transpose":
-            whole = self._read(step.source, 0, step.info.shape[-1])
-            return np.ascontiguousarray(whole.T[begin:end])
+            whole = self._whole(step.source, step.info.shape[-1])
+            return np.array(whole[:, begin:end].T, order="C")
         if len(step.info.shape) == 1:
             values = self._read(step.source, 0, step.info.shape[0]).reshape(-1, 1)
             return np.ascontiguousarray(_changed(step, values, 0, len(values)).reshape(1, -1))
         first, last = span(step, begin, end)
         return _changed(step, self._read(step.source, first, last), begin - first, end - first)
+
+    def _whole(self, name: str, rows: int) -> Float32:
+        """A whole tensor; the last one is kept, so that all its pieces need one reading."""
+        with self._lock:
+            if self._kept is None or self._kept[0] != name:
+                self._kept = None
+                self._kept = name, self._read(name, 0, rows)
+            return self._kept[1]
 
     def _read(self, name: str, begin: int, end: int) -> Float32:
         return self.source.float32(name, self.source.rows(name, begin, end))
@@ -76,6 +87,7 @@ class SourceRows:
 
     def close(self) -> None:
         """Close the source."""
+        self._kept = None
         self.source.close()
 
 
@@ -135,12 +147,10 @@ def encoded(
 
 
 def _spans(step: ExportStep, budget: int) -> Iterator[tuple[int, int]]:
-    """Runs of rows: a transposed tensor at once, others by what the memory and the caches take."""
+    """Runs of rows by what the memory and the caches take."""
     columns = step.info.shape[-1]
     size = max(1, min(budget // BYTES_PER_VALUE, PIECE) // columns)
-    if step.change == "transpose":
-        size = step.rows
-    elif size > _SPAN:
+    if size > _SPAN:
         size -= size % _SPAN
     return ((begin, min(begin + size, step.rows)) for begin in range(0, step.rows, size))
 

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 from sketchconv.errors import SourceError
-from sketchconv.export.backend import without_vocabulary
+from sketchconv.export.backend import library_errors, without_vocabulary
 from sketchconv.export.vocabulary import BYTE, NORMAL, UNKNOWN, Vocabulary, is_byte
 
 SPACE: Final = "\u2581"
 _BPE: Final = 2
-_PROBE: Final = "a  Bc é ﬁ ２ ½\u3000日本\n\tx"
+_PROBE: Final = "a  Bc é ﬁ ２ ½\u3000日本\n\tx 12 3.5,!? (y)e\u0301  "
 # Share of merges that may be absent before the two tokenizers count as different.
 _TOLERATED: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class PieceModel:
-    """A `tokenizer.model`: pieces with score and type, and whether a space goes before a text."""
+    """A `tokenizer.model`: pieces with score and type, and whether a space goes before a text.
+
+    `rewrites` names what else its normalizer does to texts; empty for none.
+    """
 
     pieces: tuple[tuple[str, float, int], ...]
     algorithm: int
     space_prefix: bool
+    rewrites: str = ""
 
 
 def read_piece_model(data: bytes, where: str) -> PieceModel:
@@ -33,7 +39,8 @@ def read_piece_model(data: bytes, where: str) -> PieceModel:
     Raises:
         SourceError: it is none, or is cut off.
     """
-    pieces, algorithm, prefix = [], 1, True
+    pieces, algorithm = [], 1
+    settings: dict[int, bytes | int] = {}
     try:
         for number, value in _fields(data):
             if number == 1 and isinstance(value, bytes):
@@ -41,12 +48,21 @@ def read_piece_model(data: bytes, where: str) -> PieceModel:
             elif number == 2 and isinstance(value, bytes):
                 algorithm = int(next((v for n, v in _fields(value) if n == 3), 1))
             elif number == 3 and isinstance(value, bytes):
-                prefix = bool(next((v for n, v in _fields(value) if n == 3), 1))
+                settings.update(_fields(value))
     except (ValueError, LookupError, struct.error):
         raise SourceError(f"{where}: not a SentencePiece model, or cut off") from None
     if not pieces:
         raise SourceError(f"{where}: a SentencePiece model without pieces")
-    return PieceModel(tuple(pieces), algorithm, prefix)
+    return PieceModel(tuple(pieces), algorithm, bool(settings.get(3, 1)), _rewrites(settings))
+
+
+def _rewrites(settings: Mapping[int, bytes | int]) -> str:
+    """What a NormalizerSpec does to texts: fields 1 name, 2 map of characters, 4 extra spaces."""
+    name = settings.get(1, b"")
+    if settings.get(2) or name not in (b"", b"identity"):
+        shown = name.decode("utf-8", "replace") if isinstance(name, bytes) else name
+        return f"normalizes them ({shown or 'a map of characters'})"
+    return "removes extra spaces" if settings.get(4, 1) else ""
 
 
 def _piece(data: bytes) -> tuple[str, float, int]:
@@ -88,6 +104,17 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
         if shift > 63:
             raise ValueError("varint too long")
+
+
+def same_texts(model: PieceModel, tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a `tokenizer.json` has the pieces of a `tokenizer.model` under the same ids.
+
+    Ids of added tokens may differ: they often rename pieces without use.
+    """
+    vocab: Mapping[str, int] = tokenizer["model"]["vocab"]
+    added = {int(entry["id"]) for entry in tokenizer.get("added_tokens") or ()}
+    texts = {index: text for index, (text, _, _) in enumerate(model.pieces) if index not in added}
+    return texts == {index: text for text, index in vocab.items() if index not in added}
 
 
 def fill_from_pieces(vocabulary: Vocabulary, model: PieceModel) -> None:
@@ -160,13 +187,38 @@ def json_space_prefix(tokenizer: Mapping[str, Any], where: str) -> bool:
         SourceError: the text is changed in a way that llama.cpp does not.
     """
     parsed = without_vocabulary(tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer"))
-    text = parsed.normalizer.normalize_str(_PROBE) if parsed.normalizer else _PROBE
-    if parsed.pre_tokenizer:
-        text = "".join(piece for piece, _ in parsed.pre_tokenizer.pre_tokenize_str(text))
+    with library_errors():
+        text = parsed.normalizer.normalize_str(_PROBE) if parsed.normalizer else _PROBE
+        found = parsed.pre_tokenizer.pre_tokenize_str(text) if parsed.pre_tokenizer else [(text, 0)]
+    pieces = [piece for piece, _ in found]
+    text = "".join(pieces)
     plain = _PROBE.replace(" ", SPACE)
     if text not in (plain, SPACE + plain):
         raise SourceError(
             f"{where}: the tokenizer's normalizer changes texts (for instance to NFKC), which"
             " llama.cpp does not do for this kind of vocabulary"
         )
+    _check_cuts(pieces, tokenizer, where)
     return bool(text.startswith(SPACE))
+
+
+def _check_cuts(pieces: list[str], tokenizer: Mapping[str, Any], where: str) -> None:
+    """llama.cpp never cuts a text before merging: cuts must be where no token could join."""
+    patterns = set()
+    for left, right in pairwise(pieces):
+        sides = left.endswith(SPACE), right.startswith(SPACE)
+        if not any(sides):
+            raise SourceError(
+                f"{where}: the tokenizer cuts texts between {left[-1]!r} and {right[0]!r}, which"
+                " llama.cpp does not do for this kind of vocabulary"
+            )
+        patterns.add("".join(SPACE if side else f"[^{SPACE}]" for side in sides))
+    vocab = tokenizer.get("model", {}).get("vocab", {})
+    added = {entry["content"] for entry in tokenizer.get("added_tokens") or ()}
+    for pattern in sorted(patterns):
+        crossing = next((t for t in vocab if t not in added and re.search(pattern, t)), None)
+        if crossing is not None:
+            raise SourceError(
+                f"{where}: the tokenizer cuts texts at spaces and so never makes its token"
+                f" {crossing!r}, but llama.cpp would"
+            )

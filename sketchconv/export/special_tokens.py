@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from sketchconv.errors import SourceError
-from sketchconv.export.backend import running_tokenizer
+from sketchconv.export.backend import library_errors, running_tokenizer
 from sketchconv.export.vocabulary import Vocabulary
 from sketchconv.formats import gguf_values as v
 from sketchconv.sources.config import parse_json
@@ -46,6 +46,8 @@ def special_tokens(
     begins, ends = _frame(tokenizer, ids)
     for role, default in (("bos", begins), ("eos", ends)):
         given = settings.get(f"add_{role}_token")
+        if not tokenizer and not isinstance(given, bool):
+            continue  # Nobody says: readers of a bare tokenizer.model know SentencePiece's way.
         wanted = given if isinstance(given, bool) else default
         values[f"{_PREFIX}add_{role}_token"] = v.boolean(wanted and role in ids)
     return values
@@ -69,13 +71,26 @@ def _first(value: Any, size: int) -> int | None:
 
 
 def _frame(tokenizer: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[bool, bool]:
-    """Whether the tokenizer itself puts the begin token before, and the end token after a text."""
+    """Whether the tokenizer itself puts the begin token before, and the end token after a text.
+
+    Raises:
+        SourceError: the text's own tokens are not among those with special ones.
+    """
     if not tokenizer.get("post_processor"):
         return False, False
     parsed = running_tokenizer(tokenizer)
-    framed = parsed.encode("a").ids
-    bare = parsed.encode("a", add_special_tokens=False).ids
-    at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
+    with library_errors():
+        # Those are settings of a batch, and would hide where the text begins.
+        parsed.no_padding()
+        parsed.no_truncation()
+        framed = parsed.encode("a").ids
+        bare = parsed.encode("a", add_special_tokens=False).ids
+    at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), None)
+    if at is None or not bare:
+        raise SourceError(
+            f"tokenizer.json: 'a' becomes {framed} with special tokens and {bare} without, so where"
+            " a text begins cannot be told; repair its post_processor"
+        )
     before, after = framed[:at], framed[at + len(bare) :]
     return before == [ids.get("bos")], after == [ids.get("eos")]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from sketchconv.errors import SourceError
-from sketchconv.export.backend import without_vocabulary
+from sketchconv.export.backend import library_errors, without_vocabulary
 from sketchconv.sources.gguf_splitters import SPLITTERS, Splitter
 
 # Each piece of it is cut differently by at least two known splitters, or has been in practice.
@@ -20,6 +20,8 @@ PROBE: Final = (
     "ไทย हिन्दी عربى ½ ² Ⅳ ٣٤ "
     "🚀🚀 👩‍👩‍👧 e-mail@host.org/path/?q=1&r=2#x   \n\n\n   tail  "
 )
+# Beginning with a space; letters after a contraction show whether its case matters.
+SPACED: Final = " I'LLAMA x'REST 'some 'Some \u2019tis \u201cso\u201d a\u00a0b \u00a0c"
 
 
 def recognise_splitter(tokenizer: Mapping[str, Any], where: str) -> str:
@@ -46,9 +48,31 @@ def _splits(splitter: Splitter) -> list[str] | None:
 
 
 def _pieces(normalizer: Any, pre_tokenizer: Any) -> list[str] | None:
-    """The probe's pieces in byte-level letters; None where the tokenizer has no such parts."""
+    """The probes' pieces in byte-level letters; None where the tokenizer has no such parts."""
     if pre_tokenizer is None:
         return None
     tokenizer = without_vocabulary(normalizer, pre_tokenizer)
-    text = tokenizer.normalizer.normalize_str(PROBE) if tokenizer.normalizer else PROBE
-    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    pieces: list[str] = []
+    with library_errors():
+        for probe in (PROBE, SPACED):
+            text = tokenizer.normalizer.normalize_str(probe) if tokenizer.normalizer else probe
+            pieces += [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    return pieces
+
+
+def refuse_normalizers(normalizer: Any, where: str) -> None:
+    """Refuse what rewrites texts, however rarely; NFC leaves composed texts as they are.
+
+    Raises:
+        SourceError: names the normalizer.
+    """
+    if not normalizer:
+        return
+    if normalizer.get("type") == "Sequence":
+        for inner in normalizer.get("normalizers") or ():
+            refuse_normalizers(inner, where)
+    elif normalizer.get("type") != "NFC":
+        raise SourceError(
+            f"{where}: the tokenizer's normalizer {normalizer.get('type')!r} changes texts, which"
+            " llama.cpp does not do for this kind of vocabulary"
+        )

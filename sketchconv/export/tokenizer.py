@@ -9,27 +9,39 @@ from typing import Any, Final
 
 from sketchconv.errors import SourceError
 from sketchconv.export.sentencepiece import (
+    PieceModel,
     fill_from_json,
     fill_from_pieces,
     json_space_prefix,
     read_piece_model,
+    same_texts,
 )
 from sketchconv.export.special_tokens import chat_templates, special_tokens
-from sketchconv.export.splitters import recognise_splitter
+from sketchconv.export.splitters import recognise_splitter, refuse_normalizers
 from sketchconv.export.vocabulary import NORMAL, Vocabulary
 from sketchconv.formats import gguf_values as v
 from sketchconv.sources.config import parse_json
 
 _PREFIX: Final = "tokenizer.ggml."
+_BROKEN: Final = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+_FLAGS: Final = ("lstrip", "rstrip", "single_word")
 
 
 @dataclass(frozen=True)
 class TokenizerKeys:
-    """Keys with encoded values, what kind of tokenizer they describe, hints for the user."""
+    """Keys with encoded values, what kind of tokenizer they describe, hints, all tokens' texts."""
 
     values: Mapping[str, bytes]
     kind: str
     notes: tuple[str, ...]
+    tokens: frozenset[str] = frozenset()
 
 
 def tokenizer_keys(
@@ -53,7 +65,7 @@ def tokenizer_keys(
     """
     try:
         return _keys(files, config, Vocabulary(size, where), pre)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except _BROKEN as error:
         # Whatever a tokenizer's files break here is theirs, not a crash of ours.
         reason = f"{type(error).__name__}: {error}"
         raise SourceError(f"{where}: the tokenizer's files are broken ({reason})") from None
@@ -63,16 +75,19 @@ def _keys(
     files: Mapping[str, bytes], config: Mapping[str, Any], vocabulary: Vocabulary, pre: str | None
 ) -> TokenizerKeys:
     tokenizer = _parsed(files, "tokenizer.json")
-    if "tokenizer.model" in files or _falls_back(tokenizer):
+    _refuse_parts(tokenizer, vocabulary)
+    if _falls_back(tokenizer) or (not tokenizer and "tokenizer.model" in files):
         values = _sentence_piece(vocabulary, files, tokenizer, pre)
     elif tokenizer.get("model", {}).get("type") == "BPE":
-        values = _byte_level(vocabulary, tokenizer, pre)
+        values = _byte_level(vocabulary, files, tokenizer, pre)
     else:
         raise SourceError(f"{vocabulary.where}: {_unsupported(files, tokenizer)}")
+    vocabulary.check_unique()
     values.update(special_tokens(files, config, tokenizer, vocabulary))
     values.update(chat_templates(files))
     kind = "SentencePiece BPE" if f"{_PREFIX}scores" in values else "byte-level BPE"
-    return TokenizerKeys(MappingProxyType(values), kind, tuple(vocabulary.notes))
+    notes, tokens = tuple(vocabulary.notes), frozenset(vocabulary.tokens)
+    return TokenizerKeys(MappingProxyType(values), kind, notes, tokens)
 
 
 def _parsed(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -89,6 +104,24 @@ def _falls_back(tokenizer: Mapping[str, Any]) -> bool:
     return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
 
 
+def _refuse_parts(tokenizer: Mapping[str, Any], vocabulary: Vocabulary) -> None:
+    """Refuse settings of a model that llama.cpp lacks; those of added tokens are worth a note."""
+    model = tokenizer.get("model", {})
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise SourceError(
+                f"{vocabulary.where}: the tokenizer has {key} = {model[key]!r}, which llama.cpp"
+                " does not know"
+            )
+    added = tokenizer.get("added_tokens") or ()
+    found = [str(entry["content"]) for entry in added if any(entry.get(f) for f in _FLAGS)]
+    if found:
+        vocabulary.notes.append(
+            f"{len(found)} added tokens take the spaces beside them or stand for whole words only,"
+            f" which a GGUF file cannot say: {', '.join(found[:5])}"
+        )
+
+
 def _unsupported(files: Mapping[str, bytes], tokenizer: Mapping[str, Any]) -> str:
     if tokenizer:
         kind = tokenizer.get("model", {}).get("type")
@@ -102,15 +135,19 @@ def _unsupported(files: Mapping[str, bytes], tokenizer: Mapping[str, Any]) -> st
 
 
 def _byte_level(
-    vocabulary: Vocabulary, tokenizer: Mapping[str, Any], pre: str | None
+    vocabulary: Vocabulary,
+    files: Mapping[str, bytes],
+    tokenizer: Mapping[str, Any],
+    pre: str | None,
 ) -> dict[str, bytes]:
     model = tokenizer["model"]
+    refuse_normalizers(tokenizer.get("normalizer"), vocabulary.where)
     name = pre or recognise_splitter(tokenizer, vocabulary.where)
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         raise SourceError("tokenizer.json: no vocabulary or no merges; download it again")
     for token, index in model["vocab"].items():
         vocabulary.put(int(index), token, NORMAL)
-    vocabulary.add(tokenizer.get("added_tokens") or ())
+    vocabulary.add(_added(files, tokenizer))
     return {
         f"{_PREFIX}model": v.string("gpt2"),
         f"{_PREFIX}pre": v.string(name),
@@ -134,8 +171,8 @@ def _sentence_piece(
     pre: str | None,
 ) -> dict[str, bytes]:
     prefix = json_space_prefix(tokenizer, vocabulary.where) if _falls_back(tokenizer) else None
-    if "tokenizer.model" in files:
-        model = read_piece_model(files["tokenizer.model"], "tokenizer.model")
+    model = _piece_model(vocabulary, files, tokenizer)
+    if model is not None:
         fill_from_pieces(vocabulary, model)
         prefix = model.space_prefix if prefix is None else prefix
     else:
@@ -151,12 +188,50 @@ def _sentence_piece(
     }
 
 
+def _piece_model(
+    vocabulary: Vocabulary, files: Mapping[str, bytes], tokenizer: Mapping[str, Any]
+) -> PieceModel | None:
+    """The `tokenizer.model`, unless there is none, or it is not that of the `tokenizer.json`."""
+    if "tokenizer.model" not in files:
+        return None
+    model = read_piece_model(files["tokenizer.model"], "tokenizer.model")
+    if not tokenizer and model.rewrites:
+        raise SourceError(
+            f"{vocabulary.where}: tokenizer.model changes texts: it {model.rewrites}, which"
+            " llama.cpp does not do for this kind of vocabulary"
+        )
+    if tokenizer and not same_texts(model, tokenizer):
+        vocabulary.notes.append(
+            "tokenizer.model has other tokens than tokenizer.json, and was left aside"
+        )
+        return None
+    return model
+
+
 def _added(files: Mapping[str, bytes], tokenizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Added tokens, from wherever a folder names them."""
-    if tokenizer:
-        return list(tokenizer.get("added_tokens") or ())
+    """Added tokens, from wherever a folder names them.
+
+    Raises:
+        SourceError: tokenizer_config.json has some that tokenizer.json gives no id, or another.
+    """
     decoder = _parsed(files, "tokenizer_config.json").get("added_tokens_decoder") or {}
-    if decoder:
-        return [{"id": int(index), **entry} for index, entry in decoder.items()]
+    named: list[Mapping[str, Any]] = [
+        {**entry, "id": int(index)} for index, entry in decoder.items()
+    ]
+    if tokenizer:
+        added = list(tokenizer.get("added_tokens") or ())
+        ids = {**tokenizer["model"]["vocab"], **{e["content"]: int(e["id"]) for e in added}}
+        for entry in named:
+            if ids.get(entry["content"]) != entry["id"]:
+                raise SourceError(
+                    f"tokenizer_config.json: the added token {entry['content']!r} has the id"
+                    f" {entry['id']}, in tokenizer.json {ids.get(entry['content'], 'none')}; save"
+                    " the tokenizer again with `AutoTokenizer.from_pretrained(folder)"
+                    ".save_pretrained(folder)`"
+                )
+        known = {entry["content"] for entry in added}
+        return [*added, *(entry for entry in named if entry["content"] not in known)]
+    if named:
+        return named
     plain = _parsed(files, "added_tokens.json")
     return [{"id": index, "content": token, "special": False} for token, index in plain.items()]

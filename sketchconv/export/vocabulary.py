@@ -75,6 +75,21 @@ class Vocabulary:
                 f" {', '.join(beyond[:5])}"
             )
 
+    def check_unique(self) -> None:
+        """Check that no text has two ids, which llama.cpp does not load.
+
+        Raises:
+            SourceError: names the first such text.
+        """
+        seen: dict[str, int] = {}
+        for index, text in enumerate(self.tokens):
+            first = seen.setdefault(text, index)
+            if first != index:
+                raise SourceError(
+                    f"{self.where}: token {text!r} has two ids, {first} and {index}; llama.cpp does"
+                    " not load such a vocabulary, rename one of them"
+                )
+
     def index(self, token: str) -> int | None:
         """The id of a token that is in use."""
         for index, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True)):

@@ -42,6 +42,7 @@ class GgufBlocks:
         self._refuse_parts()
         self.alignment = self._alignment()
         self._tensors = {name: self._tensor(name) for name in self._header.tensors}
+        self._refuse_overlaps()
         self._fd: int | None = os.open(self._path, os.O_RDONLY)
 
     def _refuse_parts(self) -> None:
@@ -77,6 +78,20 @@ class GgufBlocks:
                 f" file has {self._header.size}; the download is cut off, repeat it"
             )
         return tensor
+
+    def _refuse_overlaps(self) -> None:
+        # A small file whose tensors share their bytes would become a huge one.
+        end, before = 0, ""
+        for name, tensor in sorted(
+            self._tensors.items(), key=lambda item: self._header.tensors[item[0]].offset
+        ):
+            offset = self._header.tensors[name].offset
+            if offset < end:
+                raise SourceError(
+                    f"{self.id}: tensor {name!r} begins at byte {offset}, inside {before!r}, which"
+                    f" ends at {end}; the file is broken"
+                )
+            end, before = offset + tensor.nbytes, name
 
     @property
     def header(self) -> GgufHeader:

@@ -19,6 +19,7 @@ from sketchconv.errors import SourceError
 _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 20
 _MAX_STRING = 64 << 20
+_MAX_ITEMS = 1 << 24
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
     0: "<B",
@@ -195,15 +196,23 @@ def _value(cursor: _Cursor, key: str) -> GgufValue:
     if item in _SCALARS:
         if _item_bytes(array) > cursor.size - cursor.offset:
             raise cursor.fail(f"array {key!r} of {count} items goes past the end of the file")
+        _check_count(cursor, key, count)
         cursor.seek(cursor.offset + _item_bytes(array))
     elif item == _STRING:
         if count > (cursor.size - cursor.offset) // 8:
             raise cursor.fail(f"array {key!r} of {count} strings goes past the end of the file")
+        _check_count(cursor, key, count)
         for _ in range(count):
             cursor.take(cursor.number("<Q"))
     else:
         raise cursor.fail(f"array {key!r} has items of the unsupported type {item}")
     return array
+
+
+def _check_count(cursor: _Cursor, key: str, count: int) -> None:
+    # Far beyond any vocabulary; a walk over more would only take time and memory.
+    if count > _MAX_ITEMS:
+        raise cursor.fail(f"array {key!r} of {count} items; at most {_MAX_ITEMS} are read")
 
 
 def _alignment(cursor: _Cursor, values: Mapping[str, GgufValue]) -> int:

@@ -78,6 +78,19 @@ def test_a_checkpoint_comes_back_bit_for_bit_by_way_of_gguf(models, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_the_config_of_a_gguf_file_has_the_dtype_of_its_weights(models, kind, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    export_gguf(models("llama-untied"), tmp_path / "m.gguf", ExportRecipe(kind))
+    sketchconv.export_dense(tmp_path / "m.gguf", tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    stored = weights(tmp_path / "back")["model.layers.0.mlp.up_proj.weight"]
+    assert config["dtype"] == str(stored.dtype).removeprefix("torch.")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, stored)
+
+
 def test_shards_have_an_index_and_the_same_bytes_at_any_number_of_threads(sketch, tmp_path):
     for name, threads in (("a", 1), ("b", 4)):
         sketchconv.export_dense(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import gguf
 import numpy as np
@@ -185,23 +186,53 @@ def test_a_failed_rename_takes_new_parts_back(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_old_and_new_parts_are_never_there_together(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("before", [True, False])
+def test_an_interrupted_replacement_of_parts_leaves_the_old_model(
+    tmp_path, monkeypatch, number, before
+):
     from sketchconv.formats import staging
 
     layouts = part_layouts("m.gguf", VALUES, TENSORS, 150)
-    write(tmp_path, layouts)
+    for name in layouts:
+        (tmp_path / name).write_bytes(b"old " + name.encode())
     publish = staging.publish
 
-    def stop_after_one(path, **options):
-        if path.name.startswith("m-00003"):
+    def stop(path, **options):
+        last = path.name.startswith(f"m-0000{number}")
+        if not (last and before):
+            publish(path, **options)
+        if last:
             raise KeyboardInterrupt
-        publish(path, **options)
 
-    monkeypatch.setattr(staging, "publish", stop_after_one)
+    monkeypatch.setattr(staging, "publish", stop)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, layouts, overwrite=True)
-    assert not (tmp_path / "m-00001-of-00003.gguf").exists()
-    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+    found = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert found == {name: b"old " + name.encode() for name in layouts}
+
+
+def test_replaced_parts_leave_nothing_beside_the_new_ones(tmp_path):
+    layouts = part_layouts("m.gguf", VALUES, TENSORS, 150)
+    (tmp_path / "m-00002-of-00003.gguf").write_bytes(b"old")
+    write(tmp_path, layouts, overwrite=True)
+    assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == {
+        name: layout.size for name, layout in layouts.items()
+    }
+
+
+@pytest.mark.parametrize("limit", [None, 150])
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path, limit):
+    layouts = part_layouts("m.gguf", VALUES, TENSORS, limit)
+    theirs = tmp_path / list(layouts)[-1]
+    with GgufWriter(tmp_path, layouts) as writer:
+        for info in TENSORS:
+            writer.append(info.name, data(info))
+        finish = writer._files[theirs].finish
+        writer._files[theirs].finish = lambda: (finish(), theirs.write_bytes(b"theirs"))
+        with pytest.raises(OutputError, match="exists"):
+            writer.commit()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {theirs.name: b"theirs"}
 
 
 def test_a_full_disk_is_told_in_bytes_and_leaves_nothing(tmp_path, monkeypatch):
@@ -212,6 +243,19 @@ def test_a_full_disk_is_told_in_bytes_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"bytes needed, 100 free, \d+ missing"):
         GgufWriter(tmp_path, part_layouts("m.gguf", VALUES, TENSORS))
     monkeypatch.undo()
+    assert not any(tmp_path.iterdir())
+
+
+def test_too_many_parts_for_the_system_are_told(tmp_path):
+    tensors = [GgufInfo(f"t{i}", (4,), F32) for i in range(200)]
+    layouts = part_layouts("m.gguf", VALUES, tensors, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        with pytest.raises(OutputError, match="no more files at once; choose larger parts"):
+            GgufWriter(tmp_path, layouts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert not any(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from sketchconv.export.plan import ExportStep
 from sketchconv.export.pool import in_order
-from sketchconv.export.rows import BYTES_PER_VALUE, encoded
+from sketchconv.export.rows import BYTES_PER_VALUE, SourceRows, encoded
 from sketchconv.formats.gguf_layout import GgufInfo
 from sketchconv.formats.gguf_types import GGML_TYPES
 
@@ -105,3 +105,33 @@ def test_an_error_is_raised_at_its_item():
     assert [next(results)[0] for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KeyError):
         next(results)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_transposed_tensor_is_read_once_and_encoded_in_pieces(threads):
+    values = {name: np.arange(200 * 300, dtype=np.float32).reshape(200, 300) for name in "ab"}
+
+    class Whole:
+        id, format, nbytes, paths = "whole", "test", 0, ()
+        reads = 0
+
+        def rows(self, name, begin, end):
+            Whole.reads += 1
+            return values[name][begin:end]
+
+        def float32(self, name, raw):
+            return raw
+
+    steps = [
+        ExportStep(GgufInfo(name, (300, 200), GGML_TYPES["F32"]), "test", name, "transpose")
+        for name in values
+    ]
+    found = {name: [] for name in values}
+    budget = 10 * 200 * BYTES_PER_VALUE * (threads + 1)
+    for piece in encoded(SourceRows(Whole()), steps, budget, threads):
+        found[piece.step.name].append(piece.data)
+    for name, pieces in found.items():
+        assert len(pieces) == 30
+        assert b"".join(pieces) == values[name].T.tobytes()
+    # At the border of two tensors, threads may read one of them again.
+    assert Whole.reads <= 2 * threads

@@ -265,7 +265,10 @@ def edit(folder, change):
 
 
 def piece_model(pieces, *, algorithm=2, prefix=True):
-    """SentencePiece's ModelProto: field 1 pieces, 2 trainer (3: type), 3 normalizer (3: prefix)."""
+    """SentencePiece's ModelProto: field 1 pieces, 2 trainer (3: type), 3 normalizer.
+
+    The normalizer: 3 prefix, and 4, extra spaces, which are kept, as in Llama's.
+    """
 
     def field(number, data):
         return bytes([number << 3 | 2, *_length(len(data))]) + data
@@ -274,7 +277,7 @@ def piece_model(pieces, *, algorithm=2, prefix=True):
     for text, score, kind in pieces:
         piece = field(1, text.encode()) + b"\x15" + struct.pack("<f", score)
         body += field(1, piece + bytes([0x18, kind]))
-    return body + field(2, bytes([0x18, algorithm])) + field(3, bytes([0x18, int(prefix)]))
+    return body + field(2, bytes([0x18, algorithm])) + field(3, bytes([0x18, int(prefix), 0x20, 0]))
 
 
 def _length(value):
