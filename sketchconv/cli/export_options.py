@@ -14,7 +14,7 @@ _OPTIONS: Final = (
         "--type",
         "type_name",
         metavar="TYPE",
-        help="GGUF: type of the matrices: F32, F16, BF16, Q8_0, Q4_0 and so on. [default: exact] "
+        help="GGUF: type of the matrices: F16, Q8_0, Q4_K, Q4_K_M and so on. [default: exact] "
         "Dense: F32, F16 or BF16. [default: the model's own]",
     ),
     click.option(

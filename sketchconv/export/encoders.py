@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sketchconv.errors import RecipeError, WeightError
+from sketchconv.export.mixtures import MIXTURES
 from sketchconv.formats.gguf_types import GGML_TYPES, GgmlType
 from sketchconv.formats.tensors import f32_to_bf16
 
@@ -136,13 +137,7 @@ def encoder_named(name: str) -> Encoder:
     """
     found = ENCODERS.get(name.upper())
     if found is None:
-        known = ", ".join(ENCODERS)
-        base = name.upper().rpartition("_")[0]
-        if base in ENCODERS and base.endswith("_K"):
-            raise RecipeError(
-                f"type {name!r} is a mixture; choose its parts, for instance --type {base} "
-                "--type-for attn_v=Q6_K --type-for ffn_down=Q6_K"
-            )
+        known = ", ".join([*ENCODERS, *MIXTURES])
         what = "cannot be written yet" if name.upper() in GGML_TYPES else "is no GGUF type"
         raise RecipeError(f"type {name!r} {what}; choose one of {known}")
     return found

@@ -57,11 +57,13 @@ def plan_export(
     """
     left_out = {name: f"the same bytes as {kept}" for name, kept in equal.items()}
     left_out.update((name, "the model has no such tensor") for name in model.extra)
+    targets = {
+        n: architecture.gguf_name(model.modules.get(n, n)) for n in infos if n not in left_out
+    }
+    recipe = recipe.spelled_out(targets.values())
     steps = [_synthetic(name, values) for name, values in rope.items()]
-    for name, info in infos.items():
-        if name in left_out:
-            continue
-        target = architecture.gguf_name(model.modules.get(name, name))
+    for name, target in targets.items():
+        info = infos[name]
         if target == "output.weight" and not architecture.output:
             raise PlanError(f"{name}: llama.cpp's {architecture.name} has no output of its own")
         transposed = name in model.transposed

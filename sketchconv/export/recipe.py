@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from sketchconv.errors import RecipeError
 from sketchconv.export.encoders import encoder_named
 from sketchconv.export.llama_cpp_names import check_splitter_name
+from sketchconv.export.mixtures import MIXTURES, exceptions
 from sketchconv.recipe import matches
 
 AUTO = "AUTO"
@@ -38,7 +40,8 @@ class ExportRecipe:
 
     Args:
         type: of every matrix; ``"AUTO"`` keeps what is exact: the stored dtype, and for a sketch
-            that of its LUTs. Of a GGUF it keeps every block.
+            that of its LUTs. Of a GGUF it keeps every block. A mixture has types of its own for
+            some tensors, before those of `choices`.
         choices: types by pattern of GGUF or Hugging Face names; the last match wins.
         tokenizer_pre: `tokenizer.ggml.pre`, in place of the one that is recognised.
         name: `general.name`, in place of the source's.
@@ -50,12 +53,24 @@ class ExportRecipe:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if self.type.upper() == AUTO:
-            object.__setattr__(self, "type", AUTO)
+        if self.type.upper() in (AUTO, *MIXTURES):
+            object.__setattr__(self, "type", self.type.upper())
         else:
             object.__setattr__(self, "type", encoder_named(self.type).type.name)
         if self.tokenizer_pre is not None:
             check_splitter_name(self.tokenizer_pre)
+
+    def spelled_out(self, names: Iterable[str]) -> ExportRecipe:
+        """The same without a mixture: its base type, and a choice for each of its exceptions.
+
+        Args:
+            names: of all tensors in the file.
+        """
+        mixture = MIXTURES.get(self.type)
+        if mixture is None:
+            return self
+        own = tuple(TypeChoice(name, kind) for name, kind in exceptions(mixture, names))
+        return replace(self, type=mixture.base, choices=(*own, *self.choices))
 
     def choice_for(self, *names: str) -> TypeChoice | None:
         """The choice that decides for a tensor of these names: the last that names it."""

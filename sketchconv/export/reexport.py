@@ -61,6 +61,7 @@ def from_gguf(path: Path, recipe: ExportRecipe) -> tuple[BlockRows, GgufContent]
 
 
 def _plan(source: GgufBlocks, recipe: ExportRecipe) -> ExportPlan:
+    recipe = recipe.spelled_out(source.tensors)
     steps = tuple(_step(source, info, recipe) for info in source.tensors.values())
     for choice in recipe.choices:
         if not any(choice.names(s.name) and is_matrix(s.name, s.info.shape) for s in steps):

@@ -186,11 +186,6 @@ def test_an_unknown_type_is_refused(text):
         encoder_named(text)
 
 
-def test_a_mixture_is_refused_with_its_parts():
-    with pytest.raises(RecipeError, match="--type Q4_K --type-for attn_v=Q6_K"):
-        encoder_named("Q4_K_M")
-
-
 @pytest.mark.parametrize("text", ["Q8_0", "=Q8_0", "ffn_down"])
 def test_a_choice_without_a_pattern_is_refused(text):
     with pytest.raises(RecipeError):
