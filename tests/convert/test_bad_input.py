@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -236,7 +237,11 @@ def test_an_interrupt_leaves_nothing_behind(llama, tmp_path, number):
         "m.run()"
     )
     command = [sys.executable, "-P", "-c", code]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as child:
+    # A shell starts what it runs in the background with SIGINT ignored, and a child inherits that.
+    heard = partial(signal.signal, number, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as child:
         assert child.stderr is not None
         first = child.stderr.readline()
         assert "%" in first

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -338,6 +339,8 @@ def test_ctrl_c_ends_the_command_soon_and_leaves_nothing(tmp_path):
         [*command, str(out / "m.gguf"), "--type", "MXFP4", "--threads", "1"],
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A shell starts what it runs in the background with SIGINT ignored; a child inherits that.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not list(out.iterdir()):
