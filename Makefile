@@ -10,8 +10,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 demo: $(READY)
 	$(BIN)/python -P tests/demo.py
 
+# Two processes, a file at a time each: 25 minutes of one core's work.
 test: $(READY) lint
-	$(BIN)/python -P -m pytest
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile
 
 # The kernels' tests as CPUs without AVX-512 run them: an unguarded intrinsic ends the process. Not a
 # part of `test`, which checks one product on each such CPU: it compiles all kernels twice more.
