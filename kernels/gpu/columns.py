@@ -3,7 +3,8 @@
 Rows are independent, and each goes through its columns one by one, so a tile of rows stays in
 registers from the first column of a block to the last, in one launch; in plain torch every column
 is a dozen of them. On an H100 the 1,920 sweeps of descent over the weights of SmolLM2-135M that a
-calibration makes took 5.9 s, products between the blocks included.
+calibration makes took 5.9 s, products between the blocks included (with four times the rows in a
+program; fewer have not been timed).
 
 The references are `_block_torch` of `sketchconv.kernels.compensation` and `.descent`. The compiler
 fuses products and differences, so a value within a rounding of a threshold may fall to its other

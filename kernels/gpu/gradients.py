@@ -1,4 +1,4 @@
-"""Gradients of a product with a sketch, for CUDA and ROCm: neither `W` nor its gradient is stored.
+"""Gradients of a product with a sketch, for CUDA and ROCm: of `W` and its gradient, tiles at most.
 
 The references are `grad_input` and `grad_lut` of `sketchconv.kernels.plain`.
 """

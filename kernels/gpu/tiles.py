@@ -1,7 +1,8 @@
 """Products of many tokens: tiles of the weight are decoded, and go to the vendor's BLAS.
 
-A tile is small enough to stay in the second-level cache of the GPU, so that the dense weight is
-never in memory. How 16-bit products are summed is up to the BLAS and its settings in torch.
+A tile is small enough to stay in the second-level cache of the GPU, and no more than one is in
+memory; a weight of up to `WHOLE_BYTES` is one tile. How 16-bit products are summed is up to the
+BLAS and its settings in torch.
 """
 
 from __future__ import annotations

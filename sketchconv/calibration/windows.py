@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 _PROBE = "a"
 
-# Tokens of a window to recover on. With as many tokens of training, KL to the dense SmolLM2 at 3
-# bits fell from 0.234 to 0.216 on windows of 256 and from 0.253 to 0.240 on windows of 1024: the
-# steps are four times as many.
+# Tokens of a window to recover on: shorter ones make more steps of as many tokens. KL to the dense
+# SmolLM2 at 3 bits fell from 0.234 to 0.216 on windows of 256 (on an H100) and from 0.253 to 0.240
+# on windows of 1024 (on a CPU, other held-out text), 16,384 tokens each.
 SHORT = 256
 
 

@@ -56,7 +56,8 @@ def refuse_export_options(options: Mapping[str, Any], allowed: tuple[str, ...] =
     given = [flag for name, flag in _NAMES.items() if options[name] not in (None, ())]
     refused = [flag for flag in given if flag not in allowed]
     if refused:
-        raise click.UsageError(f"{refused[0]} goes with an output that ends in .gguf")
+        dense = ", or with --dense" if refused[0] == "--type" else ""
+        raise click.UsageError(f"{refused[0]} goes with an output that ends in .gguf{dense}")
 
 
 def _refuse_sketch_options(options: Mapping[str, Any]) -> None:
