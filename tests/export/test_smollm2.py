@@ -83,9 +83,7 @@ def test_log_probabilities_tokens_and_text_in_llama_cpp(sketch, exported):
         assert np.mean(found) < bound, name
     for text in texts():
         assert runtime.tokens(text) == tokenizer.encode(text, add_special_tokens=False), text
-    answer = runtime.server.handle_completions(
-        {"prompt": PROMPTS[0], "n_predict": 12, "temperature": 0}
-    )
+    answer = runtime.complete(prompt=PROMPTS[0], n_predict=12)
     assert "Paris" in answer["choices"][0]["text"]
 
 
