@@ -1,6 +1,6 @@
 """One model in llama.cpp, for `peer.Runtime`: requests as JSON lines in, answers as JSON lines out.
 
-    python peer_process.py FILE CONTEXT
+python peer_process.py FILE CONTEXT
 """
 
 from __future__ import annotations
