@@ -202,13 +202,10 @@ def _moments(
 def _check_calibration(calibration: Calibration) -> None:
     """Refuse an unknown method, one that needs a text and has none, and a text that is missing."""
     from sketchconv.calibration.methods import method_named, needs_statistics
-    from sketchconv.calibration.options import SELF
-    from sketchconv.calibration.texts import check_text
+    from sketchconv.calibration.texts import check_texts
 
     if needs_statistics(method_named(calibration.method)) and not calibration.texts:
         raise RecipeError(
             f"method {calibration.method} needs a text: --calibration FILE.txt, FILE.jsonl or self"
         )
-    for text in calibration.texts:
-        if text != SELF:
-            check_text(text)
+    check_texts(calibration.texts)

@@ -9,7 +9,10 @@ FAR = 3e38  # the error of no candidate
 # Errors below this part of the weighted squares are taken as equal: then the first of several
 # exact fits is chosen in every sub-block, and their scales agree.
 NOISE = 1e-7
-DEAD = 1e-3  # a weight below this part of the largest does not set the range of a sub-block
+# An element of a weight below this part of the largest does not set the range of a sub-block. With
+# 1e-3, mean squares of SmolLM2's down_proj, where few channels are far above all others, gave a
+# KL of .099 in Q4_K instead of .064.
+DEAD = 1e-6
 
 
 def quotient(o: Any, top: Any, bottom: Any) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sketchconv.calibration.options import SELF
 from sketchconv.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ def read_documents(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return _json_lines(path, tokenizer)
     return iter((_decoded(path),))
+
+
+def check_texts(texts: Iterable[str]) -> None:
+    """Refuse, among several texts, what `check_text` refuses."""
+    for text in texts:
+        if text != SELF:
+            check_text(text)
 
 
 def check_text(text: str) -> None:

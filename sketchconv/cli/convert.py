@@ -43,8 +43,9 @@ def command(src: str, out: str, **options: Any) -> None:
     those of whole inputs and compensates errors with them: slower, the default at 3 bits and fewer.
 
     If OUT ends in .gguf, SRC is exported for llama.cpp; it may then be a sketch too. --type says
-    how its matrices are stored; without it every value stays exact. With --dense OUT becomes a
-    plain Hugging Face folder of the decoded weights.
+    how its matrices are stored; without it every value stays exact. With --calibration quantized
+    types lose less: the columns that a text makes most use of count most. With --dense OUT becomes
+    a plain Hugging Face folder of the decoded weights.
     """
     if options["dense"] and out.lower().endswith((".gguf", ".sktch")):
         raise click.UsageError("--dense makes a folder; name OUT without a suffix")
@@ -76,10 +77,10 @@ def _compress(src: str, out: str, options: dict[str, Any]) -> None:
         job.source.close()
         print_plan(job, as_json=options["as_json"])
         return
-    from sketchconv.cli.progress import show_progress
+    from sketchconv.cli.progress import show_progress, silence_transformers
 
     if job.calibration is not None:
-        _silence()
+        silence_transformers()
     with show_progress(quiet=options["quiet"]) as progress:
         report = run(job, threads=options["threads"], progress=progress)
     try:
@@ -92,11 +93,3 @@ def _compress(src: str, out: str, options: dict[str, Any]) -> None:
     except OSError as error:
         text = f"{out}: was written, but its report could not be printed: {error.strerror}"
         raise click.ClickException(text) from error
-
-
-def _silence() -> None:
-    """No bars of transformers' own between ours."""
-    from transformers.utils import logging
-
-    disable: Any = logging.disable_progress_bar
-    disable()

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import click
 
-from sketchconv.cli.sketch_options import given_sketch_options
+from sketchconv.cli.sketch_options import calibration_of, given_sketch_options
 
 _OPTIONS: Final = (
     click.option(
@@ -32,6 +32,8 @@ _OPTIONS: Final = (
     click.option("--dense", is_flag=True, help="Decode SRC into a plain Hugging Face folder, OUT."),
     click.option("--name", "model_name", help="GGUF: the model's name. [default: the source's]"),
 )
+# Options of compression that say which columns of a GGUF's quantized types matter.
+_CALIBRATED: Final = ("--calibration", "--tokens", "--seq-len", "--seed", "--device")
 _NAMES: Final = {
     "type_name": "--type",
     "choices": "--type-for",
@@ -60,8 +62,8 @@ def refuse_export_options(options: Mapping[str, Any], allowed: tuple[str, ...] =
         raise click.UsageError(f"{refused[0]} goes with an output that ends in .gguf{dense}")
 
 
-def _refuse_sketch_options(options: Mapping[str, Any]) -> None:
-    given = given_sketch_options(options)
+def _refuse_sketch_options(options: Mapping[str, Any], allowed: tuple[str, ...] = ()) -> None:
+    given = [flag for flag in given_sketch_options(options) if flag not in allowed]
     if given:
         raise click.UsageError(
             f"{given[0]} is about sketches; to compress, make a .sktch first and export that"
@@ -110,7 +112,7 @@ def write_gguf(src: str, out: str, options: Mapping[str, Any]) -> None:
         UsageError: an option of compression was given.
         SketchconvError: as `prepare_gguf` and `run`.
     """
-    _refuse_sketch_options(options)
+    _refuse_sketch_options(options, allowed=_CALIBRATED)
     from sketchconv.cli.render_export import print_export_plan, print_export_report
     from sketchconv.export.job import prepare_gguf
     from sketchconv.export.run import run
@@ -124,13 +126,16 @@ def write_gguf(src: str, out: str, options: Mapping[str, Any]) -> None:
         max_shard_size=options["max_shard_size"],
         threads=options["threads"],
         force=options["force"],
+        calibration=calibration_of(options),
     )
     if options["dry_run"]:
         job.reader.close()
         print_export_plan(job, as_json=options["as_json"])
         return
-    from sketchconv.cli.progress import show_progress
+    from sketchconv.cli.progress import show_progress, silence_transformers
 
+    if job.calibration is not None:
+        silence_transformers()
     with show_progress(quiet=options["quiet"]) as progress:
         report = run(job, progress=progress)
     print_export_report(report, "GGUF written", as_json=options["as_json"])

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sketchconv.pipeline import Progress, ProgressCallback
 
@@ -67,6 +68,14 @@ def _bar() -> Iterator[ProgressCallback]:
         yield update
 
 
+def silence_transformers() -> None:
+    """No bars of transformers' own between ours."""
+    from transformers.utils import logging
+
+    disable: Any = logging.disable_progress_bar
+    disable()
+
+
 class _Lines:
     """One line every few seconds, and one at the end: for logs."""
 
@@ -93,6 +102,8 @@ class _Lines:
 def _rate(event: Progress, seconds: float) -> str:
     if event.action == "recover":
         return f"step {event.done:4d}/{event.total}"
+    if event.action == "measure":
+        return f"block {event.done:3d}/{event.total}"
     return f"{event.done / max(seconds, 1e-9) / 1e6:6.1f} M weights/s"
 
 

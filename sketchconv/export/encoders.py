@@ -5,10 +5,10 @@ One line in `ENCODERS` adds a type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,29 +23,39 @@ Blocks = npt.NDArray[np.uint8]
 _F16_MAX: Final = 65504.0
 
 
+class Encode(Protocol):
+    """Rows of values, and the importance of their columns where it is known, to blocks."""
+
+    def __call__(self, rows: Rows, weights: Rows | None = None, /) -> Blocks:
+        """Encode."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoder:
     """One type that can be written.
 
     Attributes:
         type: its block layout.
-        encode: float32 ``[rows, columns]`` to uint8 ``[rows, row_bytes]``; rows fit the block, and
-            every value is finite. Each block depends on its own values alone.
+        encode: float32 ``[rows, columns]``, and the importance of each column (float32
+            ``[columns]`` or None), to uint8 ``[rows, row_bytes]``; rows fit the block, and every
+            value is finite. Each block depends on its own values and columns alone.
         fallback: the type for rows that are no multiple of the block, as llama.cpp chooses it.
         head: the type for token embeddings and output where this one is the default.
+        weighted: whether the importance of columns changes anything.
     """
 
     type: GgmlType
-    encode: Callable[[Rows], Blocks]
+    encode: Encode
     fallback: str = "F16"
     head: str | None = None
+    weighted: bool = False
 
 
-def _float32(rows: Rows) -> Blocks:
+def _float32(rows: Rows, _weights: Rows | None = None) -> Blocks:
     return np.ascontiguousarray(rows, "<f4").view(np.uint8)
 
 
-def _float16(rows: Rows) -> Blocks:
+def _float16(rows: Rows, _weights: Rows | None = None) -> Blocks:
     with np.errstate(over="ignore"):
         values = rows.astype("<f2")
     if np.isinf(values).any():
@@ -56,18 +66,18 @@ def _float16(rows: Rows) -> Blocks:
     return values.view(np.uint8)
 
 
-def _bfloat16(rows: Rows) -> Blocks:
+def _bfloat16(rows: Rows, _weights: Rows | None = None) -> Blocks:
     return f32_to_bf16(rows).view(np.uint8)
 
 
-def _by_gguf(name: str, scales: tuple[int, ...]) -> Callable[[Rows], Blocks]:
+def _by_gguf(name: str, scales: tuple[int, ...]) -> Encode:
     """The reference encoder of the `gguf` package, in NumPy.
 
     `scales` are the bytes of a block where its F16 numbers begin.
     """
     size = GGML_TYPES[name].block_bytes
 
-    def encode(rows: Rows) -> Blocks:
+    def encode(rows: Rows, _weights: Rows | None = None) -> Blocks:
         from gguf import GGMLQuantizationType, quants
 
         with np.errstate(all="ignore"):
@@ -85,14 +95,19 @@ def _by_gguf(name: str, scales: tuple[int, ...]) -> Callable[[Rows], Blocks]:
     return encode
 
 
-def _by_blocks(name: str) -> Callable[[Rows], Blocks]:
-    """Our own encoder: less error than llama.cpp's; an export has its own threads."""
+def _by_blocks(name: str, plain: Encode | None = None) -> Encode:
+    """Our own encoder: less error than llama.cpp's; an export has its own threads.
 
-    def encode(rows: Rows) -> Blocks:
+    `plain` stands in where nothing is known of the columns.
+    """
+
+    def encode(rows: Rows, weights: Rows | None = None) -> Blocks:
+        if weights is None and plain is not None:
+            return plain(rows, None)
         from sketchconv.kernels.ggml.blocks import encode as encode_blocks
 
         try:
-            return encode_blocks(name, rows, threads=1)
+            return encode_blocks(name, rows, weights, threads=1)
         except ValueError as error:
             raise WeightError(f"{error}; choose BF16 or F32") from None
 
@@ -100,7 +115,7 @@ def _by_blocks(name: str) -> Callable[[Rows], Blocks]:
 
 
 def _packed(name: str, fallback: str = "F16", head: str | None = "Q8_0") -> Encoder:
-    return Encoder(GGML_TYPES[name], _by_blocks(name), fallback, head)
+    return Encoder(GGML_TYPES[name], _by_blocks(name), fallback, head, weighted=True)
 
 
 _ALL: Final = (
@@ -116,8 +131,13 @@ _ALL: Final = (
     _packed("IQ4_NL"),
     _packed("IQ4_XS", fallback="IQ4_NL", head="Q6_K"),
     _packed("Q4_1"),
-    # Least squares give SmolLM2 a KL of .59 where the plain rounding of llama.cpp gives .41.
-    Encoder(GGML_TYPES["Q4_0"], _by_gguf("Q4_0", (0,)), head="Q8_0"),
+    # Without weights, least squares give SmolLM2 a KL of .59, llama.cpp's plain rounding .41.
+    Encoder(
+        GGML_TYPES["Q4_0"],
+        _by_blocks("Q4_0", _by_gguf("Q4_0", (0,))),
+        head="Q8_0",
+        weighted=True,
+    ),
     Encoder(GGML_TYPES["MXFP4"], _by_gguf("MXFP4", ()), head="Q8_0"),  # powers of two
     _packed("Q3_K", fallback="IQ4_NL", head="Q6_K"),
     _packed("Q2_K", fallback="IQ4_NL", head="Q6_K"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sketchconv.errors import OutputError, SourceError
 from sketchconv.export.gguf_model import from_model
+from sketchconv.export.importance import calibration_keys, check_weighted
 from sketchconv.export.plan import ExportPlan
 from sketchconv.export.recipe import ExportRecipe
 from sketchconv.export.reexport import from_gguf
@@ -18,6 +20,9 @@ from sketchconv.formats.laid_file import FileLayout
 from sketchconv.kernels.threads import available_threads
 from sketchconv.memory import chunk_budget
 from sketchconv.sources.open import is_gguf, open_source
+
+if TYPE_CHECKING:
+    from sketchconv.calibration.options import Calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,8 @@ class GgufJob:
         budget: bytes of working memory for all chunks of rows together.
         threads: that encode.
         overwrite: replace what is there.
+        calibration: the text that the importance of columns is measured on.
+        max_memory: limit on the process's anonymous memory in bytes.
     """
 
     source: str
@@ -47,6 +54,8 @@ class GgufJob:
     budget: int
     threads: int
     overwrite: bool
+    calibration: Calibration | None = None
+    max_memory: int | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -73,6 +82,7 @@ def prepare_gguf(
     max_shard_size: int | None = None,
     threads: int | None = None,
     force: bool = False,
+    calibration: Calibration | None = None,
 ) -> GgufJob:
     """Open the source and decide everything that can be decided from metadata.
 
@@ -85,6 +95,8 @@ def prepare_gguf(
         max_shard_size: bytes of tensor data per part; one file by default.
         threads: that encode; all cores by default. The bytes do not depend on it.
         force: replace existing files.
+        calibration: weigh columns in quantized types by the mean squares of their inputs on a
+            text; the bytes then depend on `threads` as torch's sums do.
 
     Raises:
         SketchconvError: source, recipe and output do not fit together, or the architecture or
@@ -107,9 +119,11 @@ def prepare_gguf(
             raise
     try:
         infos = [step.info for step in content.plan.steps]
-        layouts = part_layouts(
-            output.name, content.values, infos, max_shard_size, content.alignment
-        )
+        values = dict(content.values)
+        if calibration is not None:
+            check_weighted(content.plan, calibration)
+            values.update(calibration_keys(calibration))
+        layouts = part_layouts(output.name, values, infos, max_shard_size, content.alignment)
         check_outputs(output.absolute().parent, layouts, reader.paths, force=force)
         # After planning: what the libraries take is in use by now.
         budget = chunk_budget(max_memory)
@@ -128,6 +142,8 @@ def prepare_gguf(
         budget,
         threads or available_threads(),
         force,
+        calibration,
+        max_memory,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +18,8 @@ from sketchconv.export.planner import choose_type, is_matrix
 from sketchconv.export.recipe import AUTO, ExportRecipe
 from sketchconv.formats import gguf_values as v
 from sketchconv.formats.gguf_layout import GgufInfo
+from sketchconv.sources.base import Source
+from sketchconv.sources.gguf import GgufSource
 from sketchconv.sources.gguf_blocks import GgufBlocks
 
 _REPLACED: Final = ("split.no", "split.count", "split.tensors.count")
@@ -37,6 +41,17 @@ class BlockRows:
     def verbatim(self, step: ExportStep, begin: int, end: int) -> bytes:
         """Rows as the file has them."""
         return self.source.rows(step.name, begin, end)
+
+    @contextmanager
+    def model(self, steps: Iterable[ExportStep]) -> Iterator[tuple[Source, Mapping[str, str]]]:
+        """The same file under Hugging Face's names, opened once more.
+
+        Raises:
+            ArchitectureError: the file is of an architecture that is not read as a model.
+        """
+        with GgufSource(self.paths[0]) as source:
+            names = {stored: name for name, stored in source.stored_names.items()}
+            yield source, {step.name: names[step.name] for step in steps if step.name in names}
 
     def close(self) -> None:
         """Close the file."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -38,6 +40,11 @@ class RowReader(Protocol):
 
     def verbatim(self, step: ExportStep, begin: int, end: int) -> bytes:
         """The same rows as the source has them; only where the step says so."""
+
+    def model(
+        self, steps: Iterable[ExportStep]
+    ) -> AbstractContextManager[tuple[Source, Mapping[str, str]]]:
+        """The source as a model that can be run, and its names of the steps' tensors."""
 
     def close(self) -> None:
         """Close the source."""
@@ -85,6 +92,13 @@ class SourceRows:
         """No step of such a source is copied as it is."""
         raise TypeError(f"{step.name}: {self.format} rows are never copied as they are")
 
+    def model(
+        self, steps: Iterable[ExportStep]
+    ) -> AbstractContextManager[tuple[Source, Mapping[str, str]]]:
+        """The source itself."""
+        names = {step.name: step.source for step in steps if step.source is not None}
+        return nullcontext((self.source, names))
+
     def close(self) -> None:
         """Close the source."""
         self._kept = None
@@ -126,7 +140,11 @@ class Encoded:
 
 
 def encoded(
-    reader: RowReader, steps: Iterable[ExportStep], budget: int, threads: int
+    reader: RowReader,
+    steps: Iterable[ExportStep],
+    budget: int,
+    threads: int,
+    importance: Mapping[str, Float32] = MappingProxyType({}),
 ) -> Iterator[Encoded]:
     """The data of all tensors in order, in pieces of whole rows.
 
@@ -135,6 +153,7 @@ def encoded(
         steps: the tensors.
         budget: bytes of working memory for the pieces that are in work together.
         threads: that read and encode. The bytes do not depend on it.
+        importance: GGUF name -> importance of each column, float32 ``[columns]``.
 
     Raises:
         WeightError: a value is NaN or infinite, or beyond the type.
@@ -142,7 +161,8 @@ def encoded(
     """
     share = budget // (threads + 1)
     spans = ((step, *span) for step in steps for span in _spans(step, share))
-    for (step, begin, end), data in in_order(spans, lambda s: _encoded(reader, *s), threads):
+    pieces = in_order(spans, lambda s: _encoded(reader, importance, *s), threads)
+    for (step, begin, end), data in pieces:
         yield Encoded(step, (end - begin) * step.info.shape[-1], data)
 
 
@@ -155,13 +175,16 @@ def _spans(step: ExportStep, budget: int) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + size, step.rows)) for begin in range(0, step.rows, size))
 
 
-def _encoded(reader: RowReader, step: ExportStep, begin: int, end: int) -> bytes:
+def _encoded(
+    reader: RowReader, importance: Mapping[str, Float32], step: ExportStep, begin: int, end: int
+) -> bytes:
     if step.verbatim:
         return reader.verbatim(step, begin, end)
     rows = np.ascontiguousarray(reader.rows(step, begin, end), np.float32)
     check_finite(step.source or step.name, rows, begin)
     try:
-        blocks: Any = ENCODERS[step.info.type.name].encode(rows)
+        weights = importance.get(step.name)
+        blocks: Any = ENCODERS[step.info.type.name].encode(rows, weights)
     except WeightError as error:
         raise WeightError(f"{step.source or step.name}: {error}") from None
     data: bytes = blocks.tobytes()

@@ -71,6 +71,11 @@ class GgufSource:
         """The file's metadata and its own tensor table."""
         return self._header
 
+    @property
+    def stored_names(self) -> Mapping[str, str]:
+        """Hugging Face name -> name in the file."""
+        return {name: tensor.name for name, tensor in self._tensors.items()}
+
     def _refuse_parts(self) -> None:
         parts = self._header.values.get("split.count", 0)
         if isinstance(parts, int) and parts > 1:
