@@ -6,6 +6,7 @@ All is in sequential order: what was written before a `write` is seen after the 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -122,3 +123,15 @@ def address_of(kernel: Any, count: int) -> int:
     """
     result = kernel.get_compile_result(types.void(*[types.int64] * count))
     return int(result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
+
+
+@cache
+def entry_of(kernel: Any, count: int) -> Callable[..., None]:
+    """The Python form of a compiled function of `count` int64 arguments and no result.
+
+    As `address_of`. It takes integers, by place, and is spared the look at the types of all
+    arguments by which the dispatcher finds it: 0.2 us of 1.1, more where that has left the caches.
+    """
+    result = kernel.get_compile_result(types.void(*[types.int64] * count))
+    entry: Callable[..., None] = result.entry_point
+    return entry

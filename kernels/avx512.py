@@ -90,7 +90,8 @@ def _prefetch_tables(b: Any, address: Any, size: int) -> None:
 
 def _add_woven(b: Any, plan: tuple[Block, ...], dots: _Dots, columns: Any) -> None:
     """Add one group in the order `woven`; `dots` starts at its woven blocks."""
-    size, done = for_blocks(b, columns, lambda _, column: dots.add(b, plan[0], column, None))
+    kinds = {block.columns: block for block in plan[:-1]}
+    size, done = for_blocks(b, columns, lambda of, _, at: dots.add(b, kinds[of], at, None))
     rest = b.sub(columns, done)
     sizes = plane_bytes(b, 3, rest)
     planes = [
@@ -98,7 +99,7 @@ def _add_woven(b: Any, plan: tuple[Block, ...], dots: _Dots, columns: Any) -> No
         for start in dots.starts
     ]
     xs = [b.add(x, b.mul(done, I64(4))) for x in dots.xs]
-    _add_group(b, plan[1:], replace(dots, starts=planes, xs=xs), rest)
+    _add_group(b, plan[-1:], replace(dots, starts=planes, xs=xs), rest)
 
 
 def _add_group(b: Any, plan: tuple[Block, ...], dots: _Dots, columns: Any) -> None:

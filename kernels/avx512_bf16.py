@@ -31,7 +31,7 @@ from sketchconv.kernels.avx512_ir import (
     pointer,
     splat,
 )
-from sketchconv.kernels.avx512_woven import block_weights, for_blocks
+from sketchconv.kernels.avx512_woven import READERS, for_blocks
 from sketchconv.kernels.orders import WOVEN
 from sketchconv.kernels.planes import fields
 
@@ -120,9 +120,9 @@ def _emit_woven(b: Any, lut: str, args: list[Any]) -> list[Any]:
     tables = [b.bitcast(table, VF32) for table in wide]
     order = ir.Constant(ir.VectorType(I32, COLUMNS), list(range(0, 2 * COLUMNS, 2)))
 
-    def decode(byte: Any, column: Any) -> None:
+    def decode(size: int, byte: Any, column: Any) -> None:
         to = b.add(target, b.mul(column, I64(2)))
-        found = [b.bitcast(w, V16) for w in block_weights(b, tables, b.add(index, byte))]
+        found = [b.bitcast(w, V16) for w in READERS[size](b, tables, b.add(index, byte))]
         for number, pair in enumerate(zip(found[::2], found[1::2], strict=True)):
             value = b.shuffle_vector(*pair, order)
             _store(b, value, b.add(to, I64(2 * COLUMNS * number)), None)

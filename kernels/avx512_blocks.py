@@ -8,7 +8,7 @@ per call (`avx512_order.py`). The kinds, by what the LUT allows:
 - windows (1 and 2 bits): the same, but a look-up reads 4 bits, so one shift serves several;
 - nibbles (3 bits): 256 columns, whose two planes are merged for 16 look-ups at once: 1.4 times as
   fast as merging for each look-up;
-- woven (3 bits, in the order `woven`): 512 columns, nothing to merge (`avx512_woven.py`);
+- woven (3 bits, in the order `woven`): 512 or 64 columns, nothing to merge (`avx512_woven.py`);
 - bytes (6 to 8 bits, 16-bit LUTs, AVX512-VBMI): 64 codes at once are looked up in the LUT's low
   bytes and in its high bytes (`avx512_bytes.py`).
 """

@@ -26,7 +26,7 @@ from sketchconv.kernels.avx512_ir import (
     plane_starts,
     pointer,
 )
-from sketchconv.kernels.avx512_woven import block_weights, for_blocks
+from sketchconv.kernels.avx512_woven import READERS, for_blocks
 from sketchconv.kernels.orders import WOVEN
 from sketchconv.kernels.planes import fields
 
@@ -55,9 +55,9 @@ def _emit_woven(b: Any, tables: list[Any], args: list[Any]) -> list[Any]:
     """The woven blocks of a group; the rest of the arguments: index, target, columns."""
     index, target, columns = args
 
-    def decode(byte: Any, column: Any) -> None:
+    def decode(size: int, byte: Any, column: Any) -> None:
         to = b.add(target, b.mul(column, I64(4)))
-        for number, weight in enumerate(block_weights(b, tables, b.add(index, byte))):
+        for number, weight in enumerate(READERS[size](b, tables, b.add(index, byte))):
             _store_values(b, weight, b.add(to, I64(4 * LANES * number)), None)
 
     size, done = for_blocks(b, columns, decode)

@@ -12,7 +12,7 @@ from sketchconv.kernels.avx512_blocks import (
     word_block,
 )
 from sketchconv.kernels.avx512_bytes import byte_block
-from sketchconv.kernels.avx512_woven import woven_block
+from sketchconv.kernels.avx512_woven import READERS, woven_block
 from sketchconv.kernels.orders import WOVEN
 
 # Rows at once for one activation, each a stream of its own. More would not stay in registers.
@@ -52,8 +52,8 @@ def blocks(bits: int, lut: str, way: str) -> tuple[Block, ...]:
     if by_bytes(bits, way):
         return (byte_block(bits, lut),)
     if bits == 3:
-        rest = (nibble_block(way == "vbmi"), word_block(bits))
-        return (woven_block(), *rest) if way == WOVEN else rest
+        kinds = tuple(map(woven_block, READERS)) if way == WOVEN else (nibble_block(way == "vbmi"),)
+        return (*kinds, word_block(bits))
     if bits == 4:
         return (rereading_block(), word_block(bits))
     return (window_block(bits) if bits < 3 else word_block(bits),)

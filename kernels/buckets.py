@@ -8,7 +8,14 @@ import numpy as np
 
 from sketchconv.kernels.jit import inner, jit
 from sketchconv.kernels.pointers import carray, pointer_to
-from sketchconv.kernels.woven import BLOCK_BYTES, BLOCK_COLUMNS, unweave_block
+from sketchconv.kernels.woven import (
+    BLOCK_BYTES,
+    BLOCK_COLUMNS,
+    SHORT_BYTES,
+    SHORT_COLUMNS,
+    unweave_block,
+    unweave_short,
+)
 
 MOST_LANES, FEWEST_LANES = 16, 4
 
@@ -44,6 +51,11 @@ def _unpack_group(bits: int, index: int, codes: Any, columns: int, woven: int) -
             unweave_block(words, codes[done : done + BLOCK_COLUMNS])
             base += BLOCK_BYTES
             done += BLOCK_COLUMNS
+        while done + SHORT_COLUMNS <= columns:
+            words = carray(pointer_to(index + base, np.uint32), (SHORT_BYTES // 4,))
+            unweave_short(words, codes[done : done + SHORT_COLUMNS])
+            base += SHORT_BYTES
+            done += SHORT_COLUMNS
     for width in (8, 4, 2, 1):
         if bits & width:
             size = ((columns - done) * width + 7) // 8

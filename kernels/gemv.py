@@ -7,12 +7,15 @@ tiles of `TILE_BYTES` of decoded rows and torch's matrix product: one small buff
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sketchconv.kernels.crew import share
+from sketchconv.kernels.atomics import entry_of
+from sketchconv.kernels.crew import MULTIPLY_ARGS, share
 from sketchconv.kernels.dequantize import decode_into
 from sketchconv.kernels.dispatch import Multiply, choose
 from sketchconv.kernels.packed import Packed
@@ -51,55 +54,50 @@ def multiply(matrix: Packed, x: Tensor, kernel: str | None = None) -> Tensor:
         ValueError: `x` has another width, dtype or device; `kernel` is unknown, cannot run here
             or does not read the matrix's order.
     """
-    tokens = _tokens(matrix, x)
+    shape, dtype = x.shape, x.dtype
+    if shape[-1] != matrix.columns:
+        raise ValueError(f"x has {shape[-1]} columns, the matrix {matrix.columns}")
+    tokens = x.numel() // matrix.columns
     if tokens > FEW_TOKENS:
         return _multiply_tiles(matrix, x, kernel)
-    if x.dtype is torch.float16:
+    if dtype is torch.float16:
         return multiply(matrix, x.float(), kernel).half()
-    x = _ready(x)
-    return _multiply_few(matrix, x, x.data_ptr(), tokens, kernel)
-
-
-def _tokens(matrix: Packed, x: Tensor) -> int:
-    if x.shape[-1] != matrix.columns:
-        raise ValueError(f"x has {x.shape[-1]} columns, the matrix {matrix.columns}")
-    return x.numel() // matrix.columns
-
-
-def _ready(x: Tensor) -> Tensor:
-    dtype = x.dtype
     if (dtype is not torch.float32 and dtype is not torch.bfloat16) or not x.is_cpu:
         raise ValueError(f"x must be float in CPU memory, got {dtype} on {x.device}")
-    return x.contiguous()
+    # Half the time of `torch.empty` with a shape in a tuple, a dtype and a device: 1.1 us of 2.2.
+    y = x.new_empty(*shape[:-1], matrix.rows)
+    _multiply_few(matrix, x.contiguous(), y, tokens, kernel)
+    return y
 
 
-def _multiply_few(
-    matrix: Packed, x: Tensor, address: int, tokens: int, kernel: str | None
-) -> Tensor:
-    dtype = x.dtype
-    y = torch.empty((*x.shape[:-1], matrix.rows), dtype=dtype, device="cpu")
+def _multiply_few(matrix: Packed, x: Tensor, y: Tensor, tokens: int, kernel: str | None) -> None:
     args = (
         matrix.index_pointer,
         matrix.lut_pointer,
-        address,
+        x.data_ptr(),
         y.data_ptr(),
-        int(dtype is torch.bfloat16),
+        1 if x.dtype is torch.bfloat16 else 0,
         tokens,
         matrix.rows,
         matrix.groups,
         matrix.group_columns,
     )
-    run = _kernel(kernel, matrix.bits, matrix.lut_dtype, matrix.order)
+    form = (kernel, matrix.bits, matrix.lut_dtype, matrix.order)
     if matrix.weights < PARALLEL_WEIGHTS:
-        run(0, matrix.rows, *args)
+        _entry(*form)(0, matrix.rows, *args)
     else:
-        share(run, matrix.rows, args, torch.get_num_threads())
-    return y
+        share(_kernel(*form), matrix.rows, args, torch.get_num_threads())
 
 
 @cache
 def _kernel(name: str | None, bits: int, lut: str, order: str) -> Multiply:
     return choose(name).multiply(bits, lut, order)
+
+
+@cache
+def _entry(name: str | None, bits: int, lut: str, order: str) -> Callable[..., None]:
+    run: Any = _kernel(name, bits, lut, order)
+    return entry_of(run, 2 + MULTIPLY_ARGS)
 
 
 def _multiply_tiles(matrix: Packed, x: Tensor, kernel: str | None) -> Tensor:

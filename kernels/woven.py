@@ -12,7 +12,11 @@ Nibble `s` of the words in lane `l` stands for four columns:
 - C: column ``64 s + 32 + l``, in bits 0, 1 and 3; bit 2 is spare;
 - ``A ^ B ^ C``: column ``64 s + 48 + l``, in bits 0 to 2.
 
-The columns that are left, fewer than 512, follow in the order of the disk. A group has the same
+Each 64 of the columns that are left are the same with one nibble a lane: A, B and C of 8 bytes
+each, 24 bytes. Lane `l` has nibble ``l // 2`` of their first four bytes for even `l`, of the last
+four for odd `l`: eight bytes in every 64-bit lane of a register need one shift, by lanes.
+
+What is left then, fewer than 64 columns, follows in the order of the disk. A group has the same
 number of bytes in both orders. Widths other than 3 bits keep the order of the disk.
 """
 
@@ -31,11 +35,33 @@ from sketchconv.kernels.threads import for_spans
 
 BITS, LANES, NIBBLES = 3, 16, 8
 BLOCK_COLUMNS, BLOCK_BYTES = 512, 192
+SHORT_COLUMNS, SHORT_BYTES = 64, 24
 
 
 def differs(bits: int, group_columns: int) -> bool:
     """Whether a group of `group_columns` codes has another order than on disk."""
     return bits == BITS and group_columns >= BLOCK_COLUMNS
+
+
+@inner
+def _weave(codes: Any, at: int) -> Any:
+    """Nibbles of A, B and C that hold the codes at `at` and 16, 32 and 48 further on."""
+    a, b = np.uint32(codes[at]), np.uint32(codes[at + LANES])
+    c, d = np.uint32(codes[at + 2 * LANES]), np.uint32(codes[at + 3 * LANES])
+    a <<= np.uint32(1)
+    b = (b & np.uint32(1)) | (b & np.uint32(6)) << np.uint32(1)
+    c = (c & np.uint32(3)) | (c & np.uint32(4)) << np.uint32(1)
+    rest = a ^ b ^ c ^ d  # the spare bits are 0 so far
+    return a | (rest & np.uint32(1)), b | (rest & np.uint32(2)), c | (rest & np.uint32(4))
+
+
+@inner
+def _unweave(a: Any, b: Any, c: Any, codes: Any, at: int) -> None:
+    """The inverse of `_weave`; above its nibble a word may hold anything."""
+    codes[at] = np.uint8((a >> np.uint32(1)) & np.uint32(7))
+    codes[at + LANES] = np.uint8((b & np.uint32(1)) | ((b >> np.uint32(1)) & np.uint32(6)))
+    codes[at + 2 * LANES] = np.uint8((c & np.uint32(3)) | ((c >> np.uint32(1)) & np.uint32(4)))
+    codes[at + 3 * LANES] = np.uint8((a ^ b ^ c) & np.uint32(7))
 
 
 @inner
@@ -45,16 +71,10 @@ def weave_block(codes: Any, words: Any) -> None:
     for nibble in range(NIBBLES):
         shift = np.uint32(4 * nibble)
         for lane in range(LANES):
-            at = 4 * LANES * nibble + lane
-            a, b = np.uint32(codes[at]), np.uint32(codes[at + LANES])
-            c, d = np.uint32(codes[at + 2 * LANES]), np.uint32(codes[at + 3 * LANES])
-            a <<= np.uint32(1)
-            b = (b & np.uint32(1)) | (b & np.uint32(6)) << np.uint32(1)
-            c = (c & np.uint32(3)) | (c & np.uint32(4)) << np.uint32(1)
-            rest = a ^ b ^ c ^ d  # the spare bits are 0 so far
-            words[lane] |= (a | (rest & np.uint32(1))) << shift
-            words[lane + LANES] |= (b | (rest & np.uint32(2))) << shift
-            words[lane + 2 * LANES] |= (c | (rest & np.uint32(4))) << shift
+            a, b, c = _weave(codes, 4 * LANES * nibble + lane)
+            words[lane] |= a << shift
+            words[lane + LANES] |= b << shift
+            words[lane + 2 * LANES] |= c << shift
 
 
 @inner
@@ -63,15 +83,29 @@ def unweave_block(words: Any, codes: Any) -> None:
     for nibble in range(NIBBLES):
         shift = np.uint32(4 * nibble)
         for lane in range(LANES):
-            at = 4 * LANES * nibble + lane
             a, b = words[lane] >> shift, words[lane + LANES] >> shift
-            c = words[lane + 2 * LANES] >> shift
-            codes[at] = np.uint8((a >> np.uint32(1)) & np.uint32(7))
-            high = (b >> np.uint32(1)) & np.uint32(6)
-            codes[at + LANES] = np.uint8((b & np.uint32(1)) | high)
-            high = (c >> np.uint32(1)) & np.uint32(4)
-            codes[at + 2 * LANES] = np.uint8((c & np.uint32(3)) | high)
-            codes[at + 3 * LANES] = np.uint8((a ^ b ^ c) & np.uint32(7))
+            _unweave(a, b, words[lane + 2 * LANES] >> shift, codes, 4 * LANES * nibble + lane)
+
+
+@inner
+def weave_short(codes: Any, words: Any) -> None:
+    """Put 64 codes, one a byte, into uint32 ``[6]``."""
+    words[:] = 0
+    for lane in range(LANES):
+        side, shift = lane % 2, np.uint32(4 * (lane // 2))
+        a, b, c = _weave(codes, lane)
+        words[side] |= a << shift
+        words[side + 2] |= b << shift
+        words[side + 4] |= c << shift
+
+
+@inner
+def unweave_short(words: Any, codes: Any) -> None:
+    """The inverse of `weave_short`."""
+    for lane in range(LANES):
+        side, shift = lane % 2, np.uint32(4 * (lane // 2))
+        a, b = words[side] >> shift, words[side + 2] >> shift
+        _unweave(a, b, words[side + 4] >> shift, codes, lane)
 
 
 @inner
@@ -114,35 +148,60 @@ def _copy(source: int, target: int, size: int) -> None:
     _bytes(target, size)[:] = _bytes(source, size)
 
 
+@inner
+def _turn_codes(
+    low: int, high: int, woven: int, codes: Any, blocks: int, short: bool, back: bool
+) -> None:
+    """`blocks` blocks, of 64 columns each where they are `short`, of 512 else.
+
+    `low` and `high` are the addresses of their two planes, `woven` that of their words.
+    """
+    columns = SHORT_COLUMNS if short else BLOCK_COLUMNS
+    part = codes[:columns]
+    for block in range(blocks):
+        done = block * columns
+        twos = _bytes(low + done // 4, columns // 4)
+        ones = _bytes(high + done // 8, columns // 8)
+        words = carray(pointer_to(woven + done // 8 * 3, np.uint32), (columns // 32 * 3,))
+        if back:
+            if short:
+                unweave_short(words, part)
+            else:
+                unweave_block(words, part)
+            _join(part, twos, ones)
+        else:
+            _split(twos, ones, part)
+            if short:
+                weave_short(part, words)
+            else:
+                weave_block(part, words)
+
+
 @jit
 def _turn(begin: int, end: int, source: int, target: int, columns: int, back: bool) -> None:
     """Groups `begin` to `end` from the order of the disk into the woven one, or `back`."""
     low, high = (columns + 3) // 4, (columns + 7) // 8  # bytes of the two planes
     blocks = columns // BLOCK_COLUMNS
-    low_part, high_part = BLOCK_COLUMNS // 4, BLOCK_COLUMNS // 8
-    low_rest, high_rest = low - blocks * low_part, high - blocks * high_part
+    long = blocks * BLOCK_COLUMNS
+    shorts = (columns - long) // SHORT_COLUMNS
+    done = long + shorts * SHORT_COLUMNS
     codes = np.empty(BLOCK_COLUMNS, np.uint8)
     for group in range(begin, end):
-        planes = (target if back else source) + group * (low + high)
+        twos = (target if back else source) + group * (low + high)
         woven = (source if back else target) + group * (low + high)
-        for block in range(blocks):
-            twos = _bytes(planes + block * low_part, low_part)
-            ones = _bytes(planes + low + block * high_part, high_part)
-            words = carray(pointer_to(woven + block * BLOCK_BYTES, np.uint32), (3 * LANES,))
-            if back:
-                unweave_block(words, codes)
-                _join(codes, twos, ones)
-            else:
-                _split(twos, ones, codes)
-                weave_block(codes, words)
-        here, there = planes + blocks * low_part, woven + blocks * BLOCK_BYTES
-        further, onward = planes + low + blocks * high_part, there + low_rest
+        ones = twos + low
+        _turn_codes(twos, ones, woven, codes, blocks, False, back)
+        _turn_codes(
+            twos + long // 4, ones + long // 8, woven + long // 8 * 3, codes, shorts, True, back
+        )
+        here, there = twos + done // 4, woven + done // 8 * 3
+        further, onward = ones + done // 8, there + low - done // 4
         if back:
-            _copy(there, here, low_rest)
-            _copy(onward, further, high_rest)
+            _copy(there, here, low - done // 4)
+            _copy(onward, further, high - done // 8)
         else:
-            _copy(here, there, low_rest)
-            _copy(further, onward, high_rest)
+            _copy(here, there, low - done // 4)
+            _copy(further, onward, high - done // 8)
 
 
 def weave(index: Tensor, bits: int, group_columns: int, *, threads: int | None = None) -> Tensor:

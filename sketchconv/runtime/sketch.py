@@ -53,7 +53,7 @@ class SketchModule(nn.Module):
     sketch_index: Tensor
     sketch_lut: Tensor
     dtype_anchor: nn.Parameter
-    _ready: tuple[Tensor, Tensor, Packed] | None
+    _ready: tuple[Tensor, Tensor, torch.dtype, Packed] | None
     _arranged: tuple[Tensor, int] | None
 
     def __init__(
@@ -134,13 +134,13 @@ class SketchModule(nn.Module):
         index, lut = self._tensors()
         ready = self._ready
         if ready is not None:  # tensors are assigned, and their data swapped, by many a loader
-            packed = ready[2]
+            known_index, known_lut, dtype, packed = ready
             if (
-                ready[0] is index
-                and ready[1] is lut
+                known_index is index
+                and known_lut is lut
                 and packed.index_pointer == index.data_ptr()
                 and packed.lut_pointer == lut.data_ptr()
-                and packed.lut.dtype is lut.dtype
+                and dtype is lut.dtype
             ):
                 return packed
         self._ready = None
@@ -150,7 +150,7 @@ class SketchModule(nn.Module):
             order = self.arrange()
             index, lut = self._tensors()
             packed = Packed.of(index.contiguous(), lut.contiguous(), self.columns, order)
-        self._ready = (index, lut, packed)
+        self._ready = (index, lut, lut.dtype, packed)
         return packed
 
     def operands(self) -> tuple[Packed | None, Tensor, Tensor, str]:

@@ -454,3 +454,25 @@ def test_arguments_that_do_not_fit_are_refused():
     assert dequantize.gather(matrix, torch.empty(0, dtype=torch.int64)).shape == (0, 32)
     assert gemv.multiply(matrix, torch.empty(0, 32)).shape == (0, 4)
     assert packed_size(32, 4) == matrix.index.shape[-1]
+
+
+def test_the_result_is_a_new_plain_tensor_whatever_the_input_is():
+    """It is made like `x`, and must take neither more from it nor from torch's defaults."""
+    _, matrix = make(4, 4, 2, 600)
+    with torch.inference_mode():
+        x = torch.randn(3, 600)
+        assert gemv.multiply(matrix, x).is_inference()
+    expected = gemv.multiply(matrix, x.clone())
+    across = torch.stack([x.clone(), x.clone()], dim=2)[..., 1]
+    assert not across.is_contiguous()
+    leaf = torch.nn.Parameter(x.clone())
+    for given in (x, across, leaf, x.clone().requires_grad_() * 1):
+        y = gemv.multiply(matrix, given)
+        assert type(y) is torch.Tensor
+        assert not y.is_inference()
+        assert not y.requires_grad
+        assert torch.equal(y, expected)
+        assert gemv.multiply(matrix, given[0]).shape == (4,)
+    with torch.device("meta"):
+        assert torch.equal(gemv.multiply(matrix, leaf.detach()), expected)
+    assert gemv.multiply(matrix, x.clone()[:0]).shape == (0, 4)
