@@ -13,6 +13,7 @@ from sketchconv.formats.digest import ZERO_DIGEST
 from sketchconv.formats.errors import refuse, shown
 from sketchconv.formats.header import canonical_header, data_order
 from sketchconv.formats.manifest import Manifest
+from sketchconv.formats.sentinel import sentinel_name
 from sketchconv.formats.sketches import SketchRecord
 from sketchconv.formats.tensors import SKTCH_DTYPES, TensorInfo
 
@@ -122,7 +123,7 @@ def file_layout(
     records = {r.name: r for r in sketches}
     for record in records.values():
         record.check(where)
-    sentinel = min(records, default=None)
+    sentinel = sentinel_name(records, draft.source)
     infos = [i for r in records.values() for i in (r.index_info, r.lut_info)]
     infos += [records[sentinel].sentinel_info] if sentinel else []
     ordered = data_order([*infos, *plain])

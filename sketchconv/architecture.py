@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sketchconv.errors import ArchitectureError
 from sketchconv.formats.tensors import TensorInfo
 from sketchconv.skeleton import build_skeleton, candidate_classes
 from sketchconv.sources.config import refuse_quantized
+from sketchconv.sources.forms import expanded
 from sketchconv.tensor_names import Names, match_names
+from sketchconv.unfold import experts_of_weights, routers, unfold_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,8 +37,11 @@ class ModelMap:
         parameters: shape of every tensor that goes unchanged into the model, buffers included.
         modules: the model's own name of each of those tensors.
         transposed: the linears that are stored as [in, out] (GPT-2's `Conv1D`).
-        unsupported: tensors of fused or merged modules (mixtures of experts) and of linear modules
-            with a forward of their own, which cannot be sketched yet, with their parameter counts.
+        stacked: tensors ``[E, out, in]`` of fused experts, with E; `linears` and the like have the
+            names of their matrices (`sources.forms`).
+        experts: weight of an expert -> path of the module of all experts.
+        unsupported: tensors of merged modules, of fused experts that `unfold` does not know, and of
+            linear modules with a forward of their own: not sketched; with parameter counts.
         extra: tensors that the model does not have, such as old buffers; they can be dropped.
     """
 
@@ -50,6 +55,8 @@ class ModelMap:
     transposed: tuple[str, ...]
     unsupported: Mapping[str, int]
     extra: tuple[str, ...]
+    stacked: Mapping[str, int] = field(default_factory=dict)
+    experts: Mapping[str, str] = field(default_factory=dict)
 
 
 def map_model(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> ModelMap:
@@ -90,6 +97,8 @@ def open_skeleton(
 
 
 def _map(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> ModelMap:
+    stacked = unfold_experts(model, infos, [n for n, i in infos.items() if len(i.shape) == 3])
+    infos = expanded(infos.values(), stacked)
     names = match_names(model, infos)
     aliases, ties = _tied(model, names)
     _check_missing(model, names, aliases)
@@ -119,6 +128,8 @@ def _map(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> ModelMap:
             or roles.get(names.plain.get(source, "")) == "special"
         },
         extra=names.extra,
+        stacked=stacked,
+        experts=experts_of_weights(model, names.plain),
     )
 
 
@@ -132,13 +143,15 @@ def _roles(model: PreTrainedModel) -> dict[str, str]:
     prefix = model.base_model_prefix
     base = f"{prefix}." if prefix and getattr(model, prefix, None) not in (None, model) else ""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    roles = {}
+    roles, routing = {}, routers(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Embedding):
+        if name in routing:
+            role = "other"
+        elif isinstance(module, nn.Embedding):
             # Others, such as learned positions with an offset, are copied like any tensor.
             role = "embedding" if has_sketched_form(module) else "other"
         elif isinstance(module, Conv1D):
-            role = "transposed"
+            role = "transposed" if has_sketched_form(module) else "special"
         elif isinstance(module, nn.Linear) and not has_sketched_form(module):
             role = "special"
         elif isinstance(module, nn.Linear):

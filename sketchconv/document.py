@@ -44,7 +44,12 @@ def make_draft(
             **({} if calibration is None else {"calibration": _described(calibration, recipe)}),
             "dropped": sorted(step.name for step in plan.steps if step.action == "drop"),
         },
-        source={"id": _printable(source.id), "revision": source.revision, "format": source.format},
+        source={
+            "id": _printable(source.id),
+            "revision": source.revision,
+            "format": source.format,
+            **plan.forms.to_json(),
+        },
         tool=f"sketchconv {__version__}",
     )
 

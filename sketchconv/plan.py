@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sketchconv.formats.manifest import SketchRecord
 from sketchconv.formats.tensors import TensorInfo
+from sketchconv.sources.forms import Forms
 
 StepAction = Literal["sketch", "copy", "alias", "drop"]
 Role = Literal["linear", "head", "embedding", "other"]
@@ -62,12 +63,21 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every step of a conversion, in the order in which the source names its tensors."""
+    """Every step of a conversion, in the order in which the source names its tensors.
+
+    Attributes:
+        steps: one for each tensor; sketched weights are matrices ``[out, in]``.
+        aliases: tied weights: absent name -> stored name.
+        coverage: how much is sketched.
+        notes: hints for the user.
+        forms: how the source stores the matrices that are sketched.
+    """
 
     steps: tuple[Step, ...]
     aliases: Mapping[str, str]
     coverage: Coverage
     notes: tuple[str, ...]
+    forms: Forms = field(default_factory=Forms)
 
     @property
     def sketches(self) -> tuple[SketchRecord, ...]:

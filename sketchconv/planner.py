@@ -9,6 +9,7 @@ from sketchconv.architecture import ModelMap
 from sketchconv.errors import PlanError
 from sketchconv.formats.manifest import SketchRecord
 from sketchconv.formats.tensors import SKTCH_DTYPES, TensorInfo
+from sketchconv.matrix_plan import as_matrices, as_stored
 from sketchconv.plan import Coverage, Plan, Role, Step
 from sketchconv.recipe import Recipe, SketchSpec, matches
 from sketchconv.sources.base import FLOATS
@@ -34,19 +35,21 @@ def make_plan(
     Raises:
         PlanError: groups do not divide a row, a pattern names nothing, the coverage is too low.
     """
-    _check_patterns(infos, recipe)
+    matrices = as_matrices(infos, model)
+    _check_patterns(matrices, recipe)
     duplicates = dict(equal_tensors or {})
     planner = _Planner(model, recipe, duplicates)
-    steps = tuple(planner.step(info) for info in infos.values())
+    found = [planner.step(info) for info in matrices.values()]
     if planner.indivisible:
         raise PlanError(_indivisible_message(planner.indivisible))
+    steps, forms = as_stored(found, infos, model)
     _check_storable(steps)
     coverage = _coverage(steps, model)
     if not any(step.action == "sketch" for step in steps) and coverage.eligible == 0:
         raise PlanError("nothing would be sketched: the filters leave no weight; loosen them")
     _check_coverage(coverage, steps, model)
     aliases = {**{k: v for k, v in model.aliases.items() if v in infos}, **duplicates}
-    return Plan(steps, aliases, coverage, tuple(_notes(steps)))
+    return Plan(steps, aliases, coverage, tuple(_notes(steps)), forms)
 
 
 class _Planner:
@@ -55,7 +58,6 @@ class _Planner:
     def __init__(self, model: ModelMap, recipe: Recipe, duplicates: Mapping[str, str]) -> None:
         self.recipe = recipe
         self.duplicates = duplicates
-        self.transposed = frozenset(model.transposed)
         self.extra = frozenset(model.extra)
         self.unsupported = frozenset(model.unsupported)
         self.roles: dict[str, Role] = {
@@ -84,11 +86,11 @@ class _Planner:
 
     def _cannot_sketch(self, info: TensorInfo, role: Role) -> str | None:
         if info.name in self.unsupported:
-            return "part of a module that has no sketched form yet (mixture of experts or the like)"
+            return (
+                "part of a module without a sketched form (a mixture of experts of its own kind?)"
+            )
         if role == "other":
-            return "not the weight of a linear or embedding module"
-        if info.name in self.transposed:
-            return "stored transposed (Conv1D), which a sketch cannot hold yet"
+            return "not the weight of a linear or embedding module, or one that routes experts"
         if info.dtype not in FLOATS or len(info.shape) != 2 or not info.name.endswith(".weight"):
             return f"not a 2-D floating-point weight: {info.dtype} {list(info.shape)}"
         return None

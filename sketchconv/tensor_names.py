@@ -83,6 +83,11 @@ class _Renamer:
         )
         if target not in self.expected and name in self.expected:
             return name, []
+        if target not in self.expected and pattern is not None:
+            # What it would be merged into has been taken apart (`unfold`).
+            target, pattern = rename_source_key(
+                name, self.renamings, [], self.prefix, self.expected
+            )
         if target not in self.expected:
             return None, []
         if pattern is None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sketchconv.formats.tensors import TensorInfo
     from sketchconv.formats.validate import Finding
     from sketchconv.sources.base import Source
+    from sketchconv.sources.matrices import Matrices
 
 _CHUNK_WEIGHTS = 1 << 22
 # Recorded errors have seven significant digits.
@@ -137,21 +138,25 @@ def _compare(
     path: Path, against: str, revision: str | None, comparison: _Comparison
 ) -> Iterator[Finding]:
     from sketchconv.formats.reader import SktchModel
+    from sketchconv.sources.forms import Forms
+    from sketchconv.sources.matrices import Matrices
     from sketchconv.sources.open import open_source
 
     source = open_source(against, revision=revision)
     try:
         with SktchModel.open(path) as model:
-            for record in model.manifest.sketches.values():
-                yield from _compare_sketch(model, source, record, comparison)
+            manifest = model.manifest
+            matrices = Matrices(source, Forms.of(manifest.source, manifest.sketches, path.name))
+            for record in manifest.sketches.values():
+                yield from _compare_sketch(model, matrices, record, comparison)
             yield from _compare_copies(model, source)
-            yield from _compare_names(model, source)
+            yield from _compare_names(model, source, matrices)
     finally:
         source.close()
 
 
 def _compare_sketch(
-    model: SktchModel, source: Source, record: SketchRecord, comparison: _Comparison
+    model: SktchModel, source: Matrices, record: SketchRecord, comparison: _Comparison
 ) -> Iterator[Finding]:
     import numpy as np
 
@@ -219,13 +224,13 @@ def _compare_copies(model: SktchModel, source: Source) -> Iterator[Finding]:
                 break
 
 
-def _compare_names(model: SktchModel, source: Source) -> Iterator[Finding]:
+def _compare_names(model: SktchModel, source: Source, matrices: Matrices) -> Iterator[Finding]:
     """What the source has and the sketch does not: aliases must be equal, the rest was dropped."""
     from sketchconv.job import same_bytes
 
     manifest = model.manifest
     dropped = manifest.recipe.get("dropped", [])
-    for name in source.infos:
+    for name in matrices.infos:
         if name in manifest.aliases:
             target = manifest.aliases[name]
             if target in source.infos and not same_bytes(source, name, target):

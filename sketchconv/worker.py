@@ -19,6 +19,7 @@ from sketchconv.recipe import Recipe
 from sketchconv.report import Report, TensorResult, stored_parameters
 from sketchconv.sketching import SketchedRows, finished_rows, fitted_rows, method_rows
 from sketchconv.sources.base import FLOATS
+from sketchconv.sources.matrices import Matrices
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,6 +73,7 @@ class Worker:
         finished: FinishedWeights | None = None,
     ) -> None:
         self.job = job
+        self.source = Matrices(job.source, job.plan.forms)
         self.writer = writer
         self.threads = threads
         self.digest = SourceDigest()
@@ -129,7 +131,7 @@ class Worker:
         )
 
     def _fetch(self, chunk: Chunk) -> bytes:
-        raw = self.job.source.rows(chunk.step.name, chunk.begin, chunk.end)
+        raw = self.source.rows(chunk.step.name, chunk.begin, chunk.end)
         self.digest.update(chunk.step.name, raw)
         return raw
 
@@ -137,10 +139,10 @@ class Worker:
         """Values of raw rows, writable: Numba would compile everything again for read-only ones."""
         import numpy as np
 
-        return np.require(self.job.source.float32(name, raw), requirements=["C", "W"])
+        return np.require(self.source.float32(name, raw), requirements=["C", "W"])
 
     def _copy(self, chunk: Chunk, raw: bytes) -> None:
-        source, moments, name = self.job.source, self.job.moments, chunk.step.name
+        moments, name = self.job.moments, chunk.step.name
         if chunk.step.info.dtype in FLOATS:
             rows = self._float32(name, raw)
             # Buffers such as attention masks may hold infinities; parameters may not.
@@ -148,7 +150,7 @@ class Worker:
             _check_finite(chunk, rows if is_parameter else _without_infinity(rows), self.threads)
             if moments.needs(name):
                 moments.observe(name, chunk.begin, rows, self.threads)
-        self.writer.append(name, source.stored(name, raw))
+        self.writer.append(name, self.source.stored(name, raw))
 
     def _sketch(self, chunk: Chunk, raw: bytes) -> None:
         record, name, moments = chunk.step.record, chunk.step.name, self.job.moments

@@ -1,9 +1,10 @@
 """Decode a tensor of a `.sktch` file to float32; from `sktch.md` alone, standard library only.
 
-    python spec/decode.py FILE TENSOR [--rows A:B] [--hex | --out RAW]
+    python spec/decode.py FILE TENSOR [--source] [--rows A:B] [--hex | --out RAW]
 
 FILE is a bundle or one weight file of a folder; TENSOR is a sketched weight, an alias, or a plain
-tensor of F32, F16 or BF16. It is the specification's second opinion: plain and slow, it checks what
+tensor of F32, F16 or BF16. With --source it is a tensor of the source, transposed or stacked as it
+was there (4.3). It is the specification's second opinion: plain and slow, it checks what
 decoding needs and the digests of what it reads, and leaves the rest to a full reader.
 """
 
@@ -96,6 +97,18 @@ class File:
                 width = columns * SIZES[dtype]
                 yield array("f", floats(self.read(name, row * width, (row + 1) * width), dtype))
 
+    def source_rows(self, name, begin=0, end=None):
+        """Section 4.3: rows `[begin, end)` of a tensor of the source; a stack's one by one."""
+        source = self.document["source"]
+        parts = [name]
+        if name in source.get("stacked", {}):
+            stem, _, leaf = name.rpartition(".")
+            parts = [f"{stem}.{n}.{leaf}.weight" for n in range(source["stacked"][name])]
+        rows = [row for part in parts for row in self.rows(part)]
+        if name in source.get("transposed", []):
+            rows = [array("f", column) for column in zip(*rows, strict=True)]
+        yield from rows[begin:end]
+
     def sketch_row(self, stem, record, row):
         """Section 4: W[r, c] = lut[r, c // GS, index[r, c]]."""
         bits, groups = record["bits"], record["groups"]
@@ -165,12 +178,14 @@ def main(arguments=None):
     parser.add_argument("file")
     parser.add_argument("tensor")
     parser.add_argument("--rows", type=row_range, default=(0, None), metavar="A:B")
+    parser.add_argument("--source", action="store_true", help="a tensor of the source, see 4.3")
     parser.add_argument("--hex", action="store_true", help="print the bits of each float32")
     parser.add_argument("--out", help="write raw little-endian float32 to this file instead")
     options = parser.parse_args(arguments)
     try:
         file = File(options.file)
-        rows = file.rows(options.tensor, *options.rows)
+        read = file.source_rows if options.source else file.rows
+        rows = read(options.tensor, *options.rows)
         if options.out:
             with Path(options.out).open("wb") as out:
                 for row in rows:

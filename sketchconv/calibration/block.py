@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sketchconv.calibration.fallback import put_fallback
 from sketchconv.calibration.gather import Sums
+from sketchconv.calibration.linears import put_rows
+from sketchconv.calibration.mixtures import in_passes, same_routes, with_siblings
 from sketchconv.calibration.solve import Solution, solve
 from sketchconv.calibration.stages import Group, Stage, find_stages
 from sketchconv.calibration.state import WeightResult
@@ -74,11 +77,13 @@ def calibrate_block(
         WeightError: a weight cannot be sketched.
     """
     call, hidden = streams.sample(work.index)
-    stages, unseen = find_stages(work.dense, call, hidden, list(work.targets))
+    found = find_stages(work.dense, call, hidden, list(work.targets))
+    stages, unseen = with_siblings(*found)
     for path in unseen:
         work.skipped[work.targets[path].name] = "no calibration token reached it"
-    for stage in stages:
-        sums = _gather(work, stage, streams, needs_pairs=method.asymmetric)
+    for stage in in_passes(stages, {path: r.shape for path, r in work.targets.items()}):
+        with same_routes(work.compressed, work.dense, stage):
+            sums = _gather(work, stage, streams, needs_pairs=method.asymmetric)
         for group in stage.groups:
             _solve_group(work, group, sums.get(group.linears[0]), weights, method, threads)
         yield [path for group in stage.groups for path in group.linears]
@@ -138,6 +143,7 @@ def _solve_group(
         for path in group.linears:
             reason = f"only {tokens} calibration tokens reached it"
             work.skipped[work.targets[path].name] = reason
+            put_fallback(work.compressed.get_submodule(path), work.targets[path], weights, threads)
         return
     together: dict[tuple[Any, ...], list[Target]] = {}
     for path in group.linears:
@@ -197,11 +203,14 @@ def _keep(
         begin = end
 
 
-def put_finished(work: BlockWork, state: CalibrationState) -> None:
+def put_finished(
+    work: BlockWork, state: CalibrationState, weights: Weights, threads: int | None
+) -> None:
     """Give the compressed block the weights that an earlier run left in the state."""
     skipped = state.result(work.index).skipped
     for path, record in work.targets.items():
         if record.name in skipped:
+            put_fallback(work.compressed.get_submodule(path), record, weights, threads)
             continue
         packed, lut = state.tensors(work.index, (record.index_name, record.lut_name))
         codes = unpack(packed.numpy(), record.bits, record.group_size).reshape(record.shape)
@@ -217,12 +226,10 @@ def put_decoded(block: nn.Module, target: Target, indices: Tensor, lut: Tensor) 
         indices: uint8 ``[out, in]``.
         lut: ``[out, G, 2**bits]``.
     """
-    weight = block.get_submodule(target.path).weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{target.path} has no weight")
+    module = block.get_submodule(target.path)
     with torch.no_grad():
         for begin in range(0, len(indices), _ROWS):
             part = lut[begin : begin + _ROWS].float()
             codes = indices[begin : begin + _ROWS].view(len(part), part.shape[1], -1).long()
             rows = part.gather(2, codes).view(len(part), -1)
-            weight[begin : begin + len(part)] = rows.to(weight.device, weight.dtype)
+            put_rows(module, begin, rows)

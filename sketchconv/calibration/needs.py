@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from sketchconv.calibration.mixtures import SUMS_BYTES, sums_of_experts
 from sketchconv.calibration.streams import BATCH_TOKENS
 from sketchconv.errors import CalibrationError
 from sketchconv.memory import anonymous_bytes
@@ -41,6 +42,8 @@ def working_memory(setting: Setting) -> int:
     weights = max((math.prod(record.shape) for record in records), default=0)
     features = max((max(record.shape) for record in records), default=0)
     inside = 2 * largest * size + 4 * _SQUARES * widest**2 + 4 * _COPIES * 2 * weights
+    mixtures = (sums_of_experts({p: r.shape for p, r in b.items()}) for b in setting.targets)
+    inside += min(SUMS_BYTES, max(mixtures, default=0))
     inside += _ACTIVATIONS * BATCH_TOKENS * features * size
     return max(inside, (_parameters(model) - _parameters(blocks)) * size)
 

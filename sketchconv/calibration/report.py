@@ -61,7 +61,13 @@ class CalibrationReport:
     @property
     def notes(self) -> tuple[str, ...]:
         """Fallbacks, a line for each."""
-        lines = [f"{w.name}: {note}" for w in self.weights for note in w.notes]
+        lines = []
+        if self.skipped:
+            lines.append(
+                f"{len(self.skipped)} weights not calibrated, but fitted without data; their names "
+                "follow"
+            )
+        lines += [f"{w.name}: {note}" for w in self.weights for note in w.notes]
         lines += [f"{name}: not calibrated, {why}" for name, why in self.skipped.items()]
         return tuple(lines)
 

@@ -221,7 +221,7 @@ class _Run:
                 f"{self.state.folder}: block {work.index} was made from other weights than the "
                 "source has now; delete the folder to start anew"
             )
-        put_finished(work, self.state)
+        put_finished(work, self.state, self.setting.weights, self.threads)
         done = sum(r.shape[0] * r.shape[1] for r in work.targets.values())
         self._say(f"block {work.index + 1}/{len(self.setting.targets)}: done before", done)
 

@@ -17,6 +17,7 @@ from sketchconv.architecture import open_skeleton
 from sketchconv.calibration.blocks import find_blocks
 from sketchconv.calibration.devices import compute_dtype, find_device
 from sketchconv.calibration.inputs import make_windows
+from sketchconv.calibration.linears import is_linear
 from sketchconv.calibration.methods import Method, method_named
 from sketchconv.calibration.weights import Weights
 
@@ -114,6 +115,6 @@ def _find_targets(
             continue
         index, _, inside = name.removeprefix(f"{path}.").partition(".")
         module = inside.removesuffix(".weight")
-        if isinstance(blocks.get_submodule(index).get_submodule(module), nn.Linear):
+        if is_linear(blocks.get_submodule(index).get_submodule(module)):
             found[int(index)][module] = records[stored]
     return tuple(found)

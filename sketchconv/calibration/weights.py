@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sketchconv.errors import CalibrationError
+from sketchconv.sources.forms import Forms
+from sketchconv.sources.matrices import Matrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +46,10 @@ class Weights:
         device: torch.device,
     ) -> None:
         self.model, self.source = model, source
+        # Modules hold experts one by one, and a `Conv1D` its weight as the source has it.
+        self._tensors = Matrices(source, Forms(stacked=mapping.stacked))
+        transposed = frozenset(mapping.transposed)
+        self._matrices = Matrices(source, Forms(transposed, mapping.stacked))
         self.dtype, self.device = dtype, device
         self._stored = {name: stored for stored, name in mapping.modules.items()}
         self._stored.update(_tied(model, self._stored))
@@ -84,9 +90,9 @@ class Weights:
             _put(owner, key, _get(owner, key).to(_META))
 
     def float32(self, stored: str) -> Tensor:
-        """A whole tensor of the source as float32 in CPU memory, exactly as it is stored."""
-        out = torch.empty(self.source.infos[stored].shape)
-        self._read_into(stored, out, None)
+        """A whole tensor as float32 in CPU memory, exactly; linear weights as ``[out, in]``."""
+        out = torch.empty(self._matrices.infos[stored].shape)
+        self._read_into(self._matrices, stored, out, None)
         return out
 
     def _value(self, name: str, owner: nn.Module, key: str, digest: hashlib._Hash) -> Tensor:
@@ -101,15 +107,17 @@ class Weights:
                 "yet; convert this model without --calibration"
             )
         out = torch.empty(old.shape, dtype=self._dtype_of(old), device=self.device)
-        self._read_into(stored, out, digest)
+        self._read_into(self._tensors, stored, out, digest)
         return out
 
     def _dtype_of(self, old: Tensor) -> torch.dtype:
         return self.dtype if old.is_floating_point() else old.dtype
 
-    def _read_into(self, stored: str, out: Tensor, digest: hashlib._Hash | None) -> None:
+    def _read_into(
+        self, source: Matrices, stored: str, out: Tensor, digest: hashlib._Hash | None
+    ) -> None:
         """Read a tensor piece by piece, so that its float32 values are never held as a whole."""
-        info = self.source.infos[stored]
+        info = source.infos[stored]
         rows = info.shape[0] if info.shape else 1
         step = max(1, _PIECE * rows // max(1, 4 * out.numel()))
         flat = out.view(rows, -1)
@@ -117,10 +125,10 @@ class Weights:
             digest.update(stored.encode() + b"\0")
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
-            raw = self.source.rows(stored, begin, end)
+            raw = source.rows(stored, begin, end)
             if digest is not None:
                 digest.update(raw)
-            values = np.require(self.source.float32(stored, raw), requirements=["C", "W"])
+            values = np.require(source.float32(stored, raw), requirements=["C", "W"])
             flat[begin:end] = torch.from_numpy(values).view(end - begin, -1)
 
 

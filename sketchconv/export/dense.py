@@ -26,9 +26,9 @@ from sketchconv.job import DEFAULT_SHARD_BYTES
 from sketchconv.kernels.threads import available_threads
 from sketchconv.memory import anonymous_bytes, chunk_budget
 from sketchconv.sources.base import FLOATS, Source
+from sketchconv.sources.checkpoint_view import SketchCheckpoint
 from sketchconv.sources.config import dump_json
 from sketchconv.sources.open import open_source
-from sketchconv.sources.sketch import SketchSource
 from sketchconv.worker import Progress
 
 DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -196,8 +196,8 @@ def _info(source: Source, info: TensorInfo, wanted: str | None) -> TensorInfo:
     if info.dtype not in FLOATS:
         return info
     own = info.dtype
-    if isinstance(source, SketchSource) and info.name in source.records:
-        own = source.records[info.name].dtype
+    if isinstance(source, SketchCheckpoint):
+        own = source.source_dtype(info.name)
     dtype = wanted or (own if own in DTYPES else "F32")
     return TensorInfo(info.name, dtype, info.shape)
 

@@ -7,6 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sketchconv.errors import LoadError
+from sketchconv.runtime.conv1d import SketchConv1D
+from sketchconv.runtime.experts import experts_of
 from sketchconv.runtime.modules import SketchEmbedding, SketchLinear, SketchModule
 from sketchconv.runtime.tied import Tied
 
@@ -25,6 +27,8 @@ def dense_modules(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel
             dense.weight = made[module.owner].weight
         made[module] = dense
         model.set_submodule(path, dense)
+    for path, experts in experts_of(model).items():
+        model.set_submodule(path, experts.fused())
     for part in model.modules():
         part.__dict__.pop("_tied_weights_keys", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -40,6 +44,8 @@ def _dense(module: SketchModule, dtype: torch.dtype) -> nn.Module:
             embedding = nn.Embedding(module.rows, module.columns, module.padding_idx, dtype=dtype)
         embedding.weight = weight
         return embedding
+    if isinstance(module, SketchConv1D):
+        return module.dense(weight)
     if not isinstance(module, SketchLinear):
         raise LoadError(f"a {type(module).__name__} has no dense form")
     with torch.device("meta"):

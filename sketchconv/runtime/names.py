@@ -47,5 +47,8 @@ def places(
         key, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if key not in state and name in state:
             key, pattern = rename_source_key(name, [], [], prefix, state)
+        elif key not in state and pattern is not None:
+            # What it would be merged into has been taken apart (`unfold`).
+            key, pattern = rename_source_key(name, renamings, [], prefix, state)
         found[name] = Place(key, key in state, pattern is not None)
     return found

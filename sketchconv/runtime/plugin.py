@@ -71,14 +71,17 @@ class SktchQuantizer(HfQuantizer):
     ) -> None:
         from sketchconv.formats.rules import RESERVED_PREFIX
         from sketchconv.runtime.complete import check_complete
+        from sketchconv.runtime.experts import experts_of
         from sketchconv.runtime.names import places
         from sketchconv.runtime.stored import read_stored
+        from sketchconv.unfold import FUSED
 
         stored = read_stored(checkpoint_files or ())
         self._build(model, stored, dtype or model.dtype)
         state = model.state_dict()
         check_complete(model, state, stored.weights, places(model, state, stored.weights))
         keys = [place.key for place in places(model, state, stored.sentinels).values()]
+        keys += [f"{path}.{name}" for path in experts_of(model) for name in FUSED]
         known = set(model._keys_to_ignore_on_load_unexpected or ())
         own = {f"^{re.escape(key)}$" for key in keys} | {f"^{re.escape(RESERVED_PREFIX)}"}
         model._keys_to_ignore_on_load_unexpected = known | own
@@ -88,8 +91,12 @@ class SktchQuantizer(HfQuantizer):
         from sketchconv.runtime.names import places
         from sketchconv.runtime.replace import replace_modules
         from sketchconv.runtime.ties import tie_modules
+        from sketchconv.sources.forms import Forms
+        from sketchconv.unfold import unfold_experts
 
         manifest = stored.manifest
+        forms = Forms.of(manifest.source, manifest.sketches, "the sketch")
+        unfold_experts(model, [*manifest.sketches, *forms.stacked], forms.stacked)
         aliases = manifest.aliases
         named = {*manifest.sketches, *stored.weights, *aliases, *aliases.values()}
         at = places(model, model.state_dict(), named)
@@ -146,10 +153,16 @@ class SktchQuantizer(HfQuantizer):
         """As `is_trainable`: the LUTs are ordinary parameters."""
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
+    ) -> nn.Module:
+        import torch
+
         from sketchconv.runtime.dense import dense_modules
 
-        return dense_modules(model, dtype or model.dtype)
+        # A config that was saved has it as text.
+        named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return dense_modules(model, named or model.dtype)
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, SktchConfig)

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sketchconv.errors import LoadError
 from sketchconv.formats.sketches import SketchRecord
+from sketchconv.runtime.conv1d import SketchConv1D
 from sketchconv.runtime.modules import SketchEmbedding, SketchLinear, SketchModule
 from sketchconv.runtime.names import Place
 
@@ -62,9 +64,9 @@ def sketched(module: nn.Module, record: SketchRecord, dtype: torch.dtype) -> Ske
     if not isinstance(module, nn.Embedding) and not has_sketched_form(module):
         raise LoadError(
             f"{record.name} is sketched, but belongs to a {type(module).__name__}; "
-            "only Linear and Embedding have a sketched form"
+            "only Linear, Conv1D and Embedding have a sketched form"
         )
-    weight = module.weight
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != record.shape:
         shape = list(weight.shape) if isinstance(weight, torch.Tensor) else None
         raise LoadError(f"{record.name} is {list(record.shape)}, the model expects {shape}")
@@ -79,7 +81,8 @@ def sketched(module: nn.Module, record: SketchRecord, dtype: torch.dtype) -> Ske
         )
         copy_scale(module, embedding)
         return embedding
-    return SketchLinear(
+    kind = SketchConv1D if isinstance(module, Conv1D) else SketchLinear
+    return kind(
         *(columns, rows, record.bits, record.groups),
         bias=module.bias is not None,
         lut_dtype=lut_dtype,
@@ -106,6 +109,8 @@ def has_sketched_form(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         plain = type(module).forward is nn.Embedding.forward
         return plain or ("Scaled" in type(module).__name__ and _scale(module)[0] is not None)
+    if isinstance(module, Conv1D):
+        return type(module).forward is Conv1D.forward
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 

@@ -16,6 +16,7 @@ from sketchconv.errors import LoadError
 from sketchconv.formats.digest import tensor_digest
 from sketchconv.formats.manifest import Manifest
 from sketchconv.formats.rules import DOCUMENT_KEY, INDEX_SUFFIX, LUT_SUFFIX
+from sketchconv.formats.sentinel import sentinel_name
 from sketchconv.formats.sketches import SketchRecord
 from sketchconv.formats.tensors import TensorInfo
 from sketchconv.kernels.packed import LUT_DTYPES
@@ -63,7 +64,8 @@ def state_and_metadata(
     }
     names = _final_names(model, state, list(paths))
     if names:
-        first = min(names, key=lambda path: names[path])
+        chosen = sentinel_name(names.values(), manifest.source)
+        first = next(path for path, name in names.items() if name == chosen)
         state[first + WEIGHT] = torch.zeros(1, dtype=torch.uint8)
     final = _final(model, state)
     digests = {name: _digest(name, tensor) for name, tensor in final.items()}
@@ -79,7 +81,7 @@ def state_and_metadata(
         errors=errors,
         aliases=_aliases(model, names, final),
         files={},
-        sentinel=min(sketches, default=None),
+        sentinel=sentinel_name(sketches, manifest.source),
         tool=f"sketchconv {__version__}",
     )
     document.check("save_pretrained")

@@ -37,9 +37,9 @@ def open_source(spec: str, *, revision: str | None = None, sketches: bool = Fals
         if revision is not None:
             raise SourceError(f"{spec}: a revision can be chosen only on the Hub, not for a path")
         if sketches and is_sketch(path):
-            from sketchconv.sources.sketch import SketchSource
+            from sketchconv.sources.checkpoint_view import SketchCheckpoint
 
-            return SketchSource(path)
+            return SketchCheckpoint(path)
         return CheckpointSource(path) if path.is_dir() else _open_file(path)
     if _looks_like_path(spec):
         raise SourceError(f"{spec}: no such file or folder")

@@ -65,6 +65,11 @@ def valid_documents():
     yield "minor-version", one, {}, {"version": "1.7", "later": {"a": 1}}, {}
     recipe = {"é\U0001f600": '\x00\b\t\n\f\r\x7f"\\/', "b": [2**63 - 1, {}, []]}
     yield "escapes", one, {}, {"recipe": recipe}, {}
+    # Section 4.3: `a` was transposed in the source, `m.up` a stack of two.
+    three = {"a": sketch(3, 4, 2, 1, seed=31), "m.0.up": sketch(2, 4, 3, 1, seed=32)}
+    three["m.1.up"] = sketch(2, 4, 3, 1, seed=33)
+    forms = {"stacked": {"m.up": 2}, "transposed": ["a.weight"]}
+    yield "source-forms", three, {}, {"source": {"id": "a/b", "digest": "ab" * 32, **forms}}, {}
     config = b'{"quantization_config":{"format":"1.0","quant_method":"sktch"}}'
     files = {"config.json": config, "1_Pooling/config.json": b"{}", "empty.txt": b""}
     yield "bundle", one, {}, {}, files

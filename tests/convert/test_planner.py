@@ -138,9 +138,14 @@ def test_low_coverage_counts_what_is_unsupported_but_not_what_the_user_excluded(
     assert plan.coverage.fraction == 1
 
 
-def test_transposed_weights_are_not_sketched():
-    with pytest.raises(PlanError, match="Conv1D"):
-        make_plan(infos(), model(transposed=("layers.0.up.weight",)), Recipe())
+def test_transposed_weights_are_sketched_by_outputs_and_copied_as_they_are():
+    turned = model(transposed=("layers.0.up.weight", "layers.0.down.weight"))
+    plan = make_plan(infos(), turned, Recipe(exclude=("*.down",)))
+    up, down = (s for s in plan.steps if s.name in turned.transposed)
+    assert (up.action, up.record.shape, up.info.shape) == ("sketch", (64, 96), (64, 96))
+    assert (down.action, down.info.shape) == ("copy", (64, 96))
+    assert plan.forms.transposed == {"layers.0.up.weight"}
+    assert plan.coverage.sketched == 64 * 96
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("BOOL", (96,)), ("F32", (0,))])

@@ -220,3 +220,18 @@ def test_the_decoder_s_command_line(tmp_path):
     bad = subprocess.run(wrong, check=False, capture_output=True, text=True)
     assert bad.returncode == 1
     assert "no tensor nothing" in bad.stderr
+
+
+def test_the_decoder_gives_tensors_of_the_source():
+    """Section 4.3: one was transposed there, one a stack of two."""
+    path = VECTORS / "valid/source-forms.sktch"
+    weights = json.loads(path.with_suffix(".json").read_text())["weights"]
+
+    def shown(name):
+        command = [sys.executable, SPEC / "decode.py", path, name, "--source", "--hex"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+    rows = [[row[i : i + 8] for i in range(0, 32, 8)] for row in weights["a.weight"]["rows"]]
+    assert shown("a.weight") == [row[c] for c in range(4) for row in rows]
+    both = weights["m.0.up.weight"]["rows"] + weights["m.1.up.weight"]["rows"]
+    assert "".join(shown("m.up")) == "".join(both)

@@ -302,8 +302,8 @@ def test_modules_without_a_sketched_form_are_refused(tmp_path):
     from sketchconv.runtime.replace import sketched
 
     record = SketchRecord("h.weight", (8, 4), "F32", 4, 1, "F16")
-    conv = transformers.pytorch_utils.Conv1D(8, 4)
-    with pytest.raises(LoadError, match="belongs to a Conv1D"):
+    conv = torch.nn.Conv1d(4, 8, 1)
+    with pytest.raises(LoadError, match="belongs to a Conv1d"):
         sketched(conv, record, torch.float32)
 
     class Odd(torch.nn.Embedding):

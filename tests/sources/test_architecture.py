@@ -183,12 +183,15 @@ def test_transposed_linears(saved, tmp_path):
     assert set(model.embeddings) == {"transformer.wte.weight", "transformer.wpe.weight"}
 
 
-def test_experts_are_unsupported_and_counted(saved, tmp_path):
+def test_each_matrix_of_an_expert_is_a_linear_weight(saved, tmp_path):
     folder = saved("mixtral", tmp_path)
     model = mapped(folder)
-    assert set(model.linears) == in_layers(*ATTENTION)
-    assert all("expert" in name for name in model.unsupported)
-    assert sum(model.unsupported.values()) == 2 * 3 * 3 * 32 * 48
+    assert not model.unsupported
+    assert set(model.linears) - set(model.experts) == in_layers(*ATTENTION)
+    assert len(model.experts) == 2 * 3 * 3
+    first = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    assert model.experts[first] == "model.layers.1.mlp.experts"
+    assert model.modules[first] == "model.layers.1.mlp.experts.2.w3.weight"
     everything = {*model.parameters, *model.unsupported, *model.extra}
     with CheckpointSource(folder) as source:
         assert everything == set(source.infos)
