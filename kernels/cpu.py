@@ -16,7 +16,9 @@ from sketchconv.kernels.entries import KINDS
 from sketchconv.kernels.planes import pack_rows
 from sketchconv.kernels.reductions import (
     accumulate_column_squares,
+    accumulate_column_sums,
     bf16_to_f32,
+    matvec,
     nonfinite_rows,
     squared_matvec,
 )
@@ -28,7 +30,9 @@ __all__ = [
     "LutRangeError",
     "SolvedRows",
     "accumulate_column_squares",
+    "accumulate_column_sums",
     "bf16_to_f32",
+    "matvec",
     "nonfinite_rows",
     "pack_rows",
     "solve_rows",

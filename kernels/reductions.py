@@ -52,6 +52,35 @@ def _column_squares_span(weight: Any, out: Any, begin: int, end: int) -> None:
 
 
 @jit
+def _matvec_span(weight: Any, x: Any, out: Any, begin: int, end: int) -> None:
+    lanes = np.empty(LANES, np.float64)
+    whole = x.size // LANES
+    for row in range(begin, end):
+        lanes[:] = 0.0
+        line = weight[row]
+        for block in range(whole):
+            w = line[block * LANES : block * LANES + LANES]
+            v = x[block * LANES : block * LANES + LANES]
+            for lane in range(LANES):
+                lanes[lane] += np.float64(w[lane]) * v[lane]
+        total = 0.0
+        for lane in range(LANES):
+            total += lanes[lane]
+        for column in range(whole * LANES, x.size):
+            total += np.float64(line[column]) * x[column]
+        out[row] = total
+
+
+@jit
+def _column_sums_span(weight: Any, out: Any, begin: int, end: int) -> None:
+    target = out[begin:end]
+    for row in range(weight.shape[0]):
+        line = weight[row, begin:end]
+        for column in range(target.size):
+            target[column] += np.float64(line[column])
+
+
+@jit
 def _nonfinite_span(bits: Any, out: Any, begin: int, end: int) -> None:
     exponent = np.uint32(0x7F800000)
     for row in range(begin, end):
@@ -96,6 +125,30 @@ def squared_matvec(weight: F32, x: F64, *, threads: int | None = None) -> F64:
     return out
 
 
+def matvec(weight: F32, x: F64, *, threads: int | None = None) -> F64:
+    """``out[r] = sum_c weight[r, c] * x[c]`` in float64.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        x: float64 ``[columns]``.
+        threads: None means every core; the bits of the result do not depend on it.
+
+    Returns:
+        float64 ``[rows]``.
+
+    Raises:
+        ValueError: the columns differ.
+    """
+    rows, columns = weight.shape
+    if x.shape != (columns,):
+        raise ValueError(f"x has shape {x.shape}, the weight has {columns} columns")
+    source = np.ascontiguousarray(weight, np.float32)
+    vector = np.ascontiguousarray(x, np.float64)
+    out = np.empty(rows, np.float64)
+    for_spans(lambda b, e: _matvec_span(source, vector, out, b, e), rows, source.size, threads)
+    return out
+
+
 def accumulate_column_squares(weight: F32, out: F64, *, threads: int | None = None) -> None:
     """``out[c] += sum_r weight[r, c]**2``, row after row, in place.
 
@@ -114,6 +167,26 @@ def accumulate_column_squares(weight: F32, out: F64, *, threads: int | None = No
         raise ValueError(f"out must be contiguous float64 of shape ({columns},)")
     source = np.ascontiguousarray(weight, np.float32)
     for_spans(lambda b, e: _column_squares_span(source, out, b, e), columns, source.size, threads)
+
+
+def accumulate_column_sums(weight: F32, out: F64, *, threads: int | None = None) -> None:
+    """``out[c] += sum_r weight[r, c]``, row after row, in place.
+
+    Feeding a matrix in several row chunks gives the same bits as feeding it at once.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        out: float64 ``[columns]``, C-contiguous.
+        threads: None means every core; the bits of the result do not depend on it.
+
+    Raises:
+        ValueError: the columns differ, or `out` is not a contiguous float64 array.
+    """
+    columns = weight.shape[1]
+    if out.shape != (columns,) or out.dtype != np.float64 or not out.flags.c_contiguous:
+        raise ValueError(f"out must be contiguous float64 of shape ({columns},)")
+    source = np.ascontiguousarray(weight, np.float32)
+    for_spans(lambda b, e: _column_sums_span(source, out, b, e), columns, source.size, threads)
 
 
 def nonfinite_rows(weight: F32, *, threads: int | None = None) -> NDArray[np.int64]:

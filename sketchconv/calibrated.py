@@ -32,15 +32,16 @@ def run_calibrated(
         job: see `prepare`.
         started: `time.perf_counter()` at the start of the conversion.
         threads: see `convert`.
-        progress: see `convert`; `done` counts weights, in recovery steps.
+        progress: see `convert`; `done` counts weights, in recovery steps, in "write" tokens.
     """
     if job.calibration is None:
         raise TypeError("the job has no calibration")
-    recover = job.calibration.recovery_tokens(job.recipe.default.bits)
+    recover = job.calibration.recovery_tokens(job.plan.steps)
     tick = _ticker("calibrate", progress)
-    calibrated = calibrate(job, recover=recover, threads=threads, tick=tick)
-    recovery = None
-    if recover:
+    writing = _ticker("write", progress)
+    calibrated = calibrate(job, recover=recover, threads=threads, tick=tick, writing=writing)
+    recovery = calibrated.report.recovery
+    if recover and not calibrated.by_blocks:
         recovery = _recover(job, calibrated, recover, threads, progress)
     report = dataclasses.replace(calibrated.report, recovery=recovery)
     with job.writer() as writer:

@@ -41,7 +41,7 @@ def make_draft(
             **recipe.to_json(),
             "weighting": recipe.weighting_for(calibrated=calibration is not None),
             "column_weights": moments.description,
-            **({} if calibration is None else {"calibration": _described(calibration, recipe)}),
+            **({} if calibration is None else {"calibration": _described(calibration, plan)}),
             "dropped": sorted(step.name for step in plan.steps if step.action == "drop"),
         },
         source={
@@ -54,10 +54,10 @@ def make_draft(
     )
 
 
-def _described(calibration: Calibration, recipe: Recipe) -> dict[str, Any]:
+def _described(calibration: Calibration, plan: Plan) -> dict[str, Any]:
     values = calibration.to_json()
     values["texts"] = [_printable(text) for text in values["texts"]]
-    return {**values, "recover": calibration.recovery_tokens(recipe.default.bits)}
+    return {**values, "recover": calibration.recovery_tokens(plan.steps)}
 
 
 def _printable(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sketchconv.chunks import row_memory
 from sketchconv.document import make_draft, output_sizes, with_config, with_dtype
 from sketchconv.errors import OutputError, RecipeError, SourceError
-from sketchconv.memory import chunk_budget
+from sketchconv.memory import chunk_budget, left_beside
 from sketchconv.plan import Plan
 from sketchconv.recipe import Recipe
 
@@ -110,7 +110,7 @@ def prepare(
     output = Path(out)
     _check_suffix(output)
     if calibration is not None:
-        _check_calibration(calibration)
+        _check_calibration(calibration, recipe)
     source = open_source(str(src), revision=revision)
     try:
         _check_output(output, source, force=force)
@@ -121,7 +121,8 @@ def prepare(
         draft = make_draft(source, plan, recipe, moments, calibration)
         files = with_config(source.files(), with_dtype(config, source), recipe)
         sizes = output_sizes(output, draft, files, max_shard_size)
-        budget = chunk_budget(max_memory)
+        way_out = f"{moments.description} (--weighting equal takes none)"
+        budget = chunk_budget(left_beside(max_memory, moments.nbytes, way_out))
     except BaseException:
         source.close()
         raise
@@ -199,7 +200,7 @@ def _moments(
     return make_moments(config, source.infos, weighting)
 
 
-def _check_calibration(calibration: Calibration) -> None:
+def _check_calibration(calibration: Calibration, recipe: Recipe) -> None:
     """Refuse an unknown method, one that needs a text and has none, and a text that is missing."""
     from sketchconv.calibration.methods import method_named, needs_statistics
     from sketchconv.calibration.texts import check_texts
@@ -207,5 +208,10 @@ def _check_calibration(calibration: Calibration) -> None:
     if needs_statistics(method_named(calibration.method)) and not calibration.texts:
         raise RecipeError(
             f"method {calibration.method} needs a text: --calibration FILE.txt, FILE.jsonl or self"
+        )
+    if recipe.exact:
+        raise RecipeError(
+            "exact is about k-means alone, and a calibration or a method has a solver of its own: "
+            "drop --exact, or --calibration and --method"
         )
     check_texts(calibration.texts)

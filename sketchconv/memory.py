@@ -72,6 +72,29 @@ def watched_peak(seconds: float = 0.05) -> Iterator[Callable[[], int]]:
         thread.join()
 
 
+def left_beside(max_memory: int | None, taken: int, by: str) -> int | None:
+    """The limit that is left for everything else.
+
+    Args:
+        max_memory: limit on the anonymous memory of the process in bytes, or None.
+        taken: bytes that will be in use beside the chunks.
+        by: what takes them, and how to do without, for the error.
+
+    Raises:
+        PlanError: not enough is left beside them, though it would be without them.
+    """
+    if max_memory is None:
+        return None
+    used, least = anonymous_bytes(), MIN_CHUNK_BYTES * 10 // 9 + 1
+    if used + least <= max_memory < used + taken + least:
+        raise PlanError(
+            f"--max-memory {max_memory:,} bytes is too little: {used:,} are in use before the "
+            f"first weight and {taken:,} go to {by}, so at least {used + taken + least:,} are "
+            "needed"
+        )
+    return max_memory if max_memory < used + least else max_memory - taken
+
+
 def chunk_budget(max_memory: int | None) -> int:
     """Bytes that one row chunk and its results may take.
 

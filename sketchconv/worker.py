@@ -173,7 +173,7 @@ class Worker:
         self._tally.squared_error += solved.squared_error.tolist()
         self._tally.squared_norm += solved.squared_norm.tolist()
         if moments.needs(name):
-            moments.observe(name, chunk.begin, rows, self.threads)
+            moments.observe(name, chunk.begin, rows, self.threads, matrix=True)
         if chunk.last:
             self.results.append(self._tally.result(chunk.step))
 

@@ -81,6 +81,23 @@ def test_blocks():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc"
+)
+def test_memory_of_a_calibration(tiny, tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"w{n % 300}" for n in range(7000)))
+    short = ("--tokens", 512, "--seq-len", 64, "--threads", 1, "--work", tmp_path)
+    printed = bench("bench_calibrated_memory.py", "--model", tiny, "--text", text, *short)
+    assert "14 weights in 2 of 2 blocks, 512 tokens, 4 bits" in printed
+    peak, stated, ratio = re.search(
+        rf"peak / stated: ({NUMBER}) / ({NUMBER}) MB = ({NUMBER})", printed
+    ).groups()
+    assert float(ratio) == pytest.approx(float(peak) / float(stated), rel=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["words.txt"]
+
+
+@pytest.mark.slow
 def test_decoding(tiny, tmp_path):
     short = ("--tokens", 12, "--rounds", 2, "--threads", 1, "--embed-bits", 8, "--work", tmp_path)
     printed = bench("bench_decode.py", tiny, *short, "--peers", "bf16", "gguf", "llama.cpp")

@@ -211,10 +211,16 @@ def put_finished(
     for path, record in work.targets.items():
         if record.name in skipped:
             put_fallback(work.compressed.get_submodule(path), record, weights, threads)
-            continue
-        packed, lut = state.tensors(work.index, (record.index_name, record.lut_name))
-        codes = unpack(packed.numpy(), record.bits, record.group_size).reshape(record.shape)
-        put_decoded(work.compressed, Target(path, record), torch.from_numpy(codes), lut)
+        else:
+            found = state.tensors(work.index, (record.index_name, record.lut_name))
+            put_tensors(work, path, *found)
+
+
+def put_tensors(work: BlockWork, path: str, packed: Tensor, lut: Tensor) -> None:
+    """Give a module of the compressed block what packed indices and LUTs decode to."""
+    record = work.targets[path]
+    codes = unpack(packed.numpy(), record.bits, record.group_size).reshape(record.shape)
+    put_decoded(work.compressed, Target(path, record), torch.from_numpy(codes), lut)
 
 
 def put_decoded(block: nn.Module, target: Target, indices: Tensor, lut: Tensor) -> None:

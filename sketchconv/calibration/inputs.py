@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +27,12 @@ _WITH_HELD_OUT = 8 / 7
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from sketchconv.calibration.own_text import OwnText
     from sketchconv.calibration.weights import Weights
     from sketchconv.sources.base import Source
 
 
-def make_windows(options: Calibration, weights: Weights, recover: int) -> TextWindows:
+def make_windows(options: Calibration, weights: Weights, recover: int, own: OwnText) -> TextWindows:
     """Windows of every text in turn, so that each text has an equal share.
 
     Args:
@@ -40,6 +41,7 @@ def make_windows(options: Calibration, weights: Weights, recover: int) -> TextWi
         recover: tokens that the recovery trains on, 0 for none. It gets windows of its own: those
             that were gathered from already fit the sketch far better than any other text. Windows
             beyond what the texts hold are let go.
+        own: keeps the text that the model writes itself.
 
     Raises:
         CalibrationError: a text is too short, or does not fit the model.
@@ -54,7 +56,9 @@ def make_windows(options: Calibration, weights: Weights, recover: int) -> TextWi
     needed = -(-options.windows // count)
     fresh = math.ceil(recover * _WITH_HELD_OUT)
     wanted = needed + math.ceil(fresh / options.seq_len / count)
-    shares = [_windows(text, options, weights, tokenizer, needed, wanted) for text in options.texts]
+    shares = [
+        _windows(text, options, weights, tokenizer, (needed, wanted), own) for text in options.texts
+    ]
     short = _in_turn([share.short for share in shares])
     most = -(-fresh // short.shape[1])
     return TextWindows(
@@ -96,12 +100,15 @@ def _windows(
     options: Calibration,
     weights: Weights,
     tokenizer: PreTrainedTokenizerBase,
-    needed: int,
-    wanted: int,
+    count: tuple[int, int],
+    own: OwnText,
 ) -> TextWindows:
-    rows = _vocabulary(weights)
+    rows, (needed, wanted) = _vocabulary(weights), count
     if text == SELF:
-        written = _self_written(options, weights, tokenizer, wanted)
+        asked = {"windows": wanted, "seq_len": options.seq_len, "seed": options.seed}
+        written = own.windows(
+            asked, lambda tick: _self_written(options, weights, tokenizer, wanted, tick)
+        )
         check_vocabulary(written, rows, text)
         # Sequences of SHORT tokens are what the model wrote, each with its own beginning.
         rest = written[needed:] if wanted > needed else written
@@ -109,7 +116,7 @@ def _windows(
     return text_windows(
         text,
         tokenizer,
-        (needed, wanted),
+        count,
         options.seq_len,
         seed=options.seed,
         vocabulary=rows,
@@ -126,7 +133,11 @@ def _vocabulary(weights: Weights) -> int:
 
 
 def _self_written(
-    options: Calibration, weights: Weights, tokenizer: PreTrainedTokenizerBase, windows: int
+    options: Calibration,
+    weights: Weights,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: int,
+    tick: Callable[[int, int], None],
 ) -> Tensor:
     """Text of the dense model, which is in memory as a whole for as long as that takes."""
     from sketchconv.calibration.self_written import self_written
@@ -134,7 +145,8 @@ def _self_written(
     weights.fill("")
     try:
         return self_written(
-            weights.model, tokenizer, windows * options.seq_len, options.seq_len, options.seed
+            *(weights.model, tokenizer, windows * options.seq_len, options.seq_len, options.seed),
+            progress=tick,
         )
     finally:
         weights.empty("")

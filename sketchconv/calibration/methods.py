@@ -78,7 +78,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 DEFAULT_METHOD = "sketch"
 COARSE_BITS = 3
-# For second moments that were propagated and not measured: see `sketchconv/covariances.py`.
+# For second moments that were propagated and not measured: see `sketchconv/sensitivities/whole.py`.
 WITHOUT_DATA = Method("without data", damping=0.1, act_order=True, compensate=True, rounds=1,
                       refit_steps=6)  # fmt: skip
 

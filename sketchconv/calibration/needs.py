@@ -9,11 +9,14 @@ from sketchconv.calibration.mixtures import SUMS_BYTES, sums_of_experts
 from sketchconv.calibration.streams import BATCH_TOKENS
 from sketchconv.errors import CalibrationError
 from sketchconv.memory import anonymous_bytes
+from sketchconv.recovery.options import RATED_TOKENS
+from sketchconv.recovery.room import free_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
     from sketchconv.calibration.setting import Setting
+    from sketchconv.job import Job
 
 # Square float32 matrices over the inputs of a weight: Hessian, held-out and cross; two of the best
 # damping so far and two of the next, with as much again in float64 while it is factored; the
@@ -23,6 +26,9 @@ _SQUARES = 12
 _COPIES = 5
 # Activations of one batch in a block, in widths of its widest weight, in both models.
 _ACTIVATIONS = 8
+# Float32 vectors over all LUT entries; and copies of a layer's inputs and outputs in a step.
+_MASTERS = 8
+_KEPT = 2
 
 
 def working_memory(setting: Setting) -> int:
@@ -46,6 +52,40 @@ def working_memory(setting: Setting) -> int:
     inside += min(SUMS_BYTES, max(mixtures, default=0))
     inside += _ACTIVATIONS * BATCH_TOKENS * features * size
     return max(inside, (_parameters(model) - _parameters(blocks)) * size)
+
+
+def training_memory(setting: Setting, sketch_bytes: int) -> int:
+    """Bytes that the recovery of the whole model takes: the sketch, its LUTs' training, a step.
+
+    Each LUT entry has a float32 master, two averages, a step size, a gradient and the best so far;
+    each linear layer of each block keeps what goes in and out of it for the backward pass.
+
+    Args:
+        setting: of the calibration.
+        sketch_bytes: of the whole sketch; what is dense in it is copied to the training's dtype.
+    """
+    records = [record for block in setting.targets for record in block.values()]
+    entries = sum(r.shape[0] * r.groups << r.bits for r in records)
+    kept = sum(sum(record.shape) for record in records) * RATED_TOKENS
+    return 2 * sketch_bytes + 4 * _MASTERS * entries + 4 * _KEPT * kept
+
+
+def fits_whole(setting: Setting, sketch_bytes: int, limit: int | None) -> bool:
+    """Whether the whole model can be recovered within a limit, or in what is free."""
+    needed = training_memory(setting, sketch_bytes)
+    device = setting.weights.device
+    if limit is not None and device.type == "cpu":
+        return anonymous_bytes() + needed <= limit
+    free = free_bytes(device)
+    return free is None or needed <= free
+
+
+def by_blocks(job: Job, setting: Setting) -> bool:
+    """Whether each block is recovered by itself, rather than the whole model in the end."""
+    by = "auto" if job.calibration is None else job.calibration.recover_by
+    return by == "blocks" or (
+        by == "auto" and not fits_whole(setting, job.output_bytes, job.max_memory)
+    )
 
 
 def _parameters(module: nn.Module) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sketchconv.calibration.methods import DEFAULT_METHOD
 from sketchconv.errors import RecipeError
 
+if TYPE_CHECKING:
+    from sketchconv.plan import Step
+
 SELF = "self"
+RECOVER_BY = ("auto", "model", "blocks")
 MAX_RECOVERED_BITS = 3
 # SmolLM2-135M at 3 bits, KL to the dense model on WikiText-2's test split: 0.234 gathered from
 # 16,384 tokens of the validation split, 0.192 from 65,536 and 0.181 from 131,072; from 65,536 and
@@ -32,7 +37,9 @@ class Calibration:
         seed: decides which windows of the text are taken, and what the model writes.
         method: name of a method, see `sketchconv.calibration.methods`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
-        recover: tokens that the recovery trains on, 0 for none; None decides by the bits.
+        recover: tokens that the recovery trains on, 0 for none; None decides by the plan's bits.
+        recover_by: ``model`` trains the whole model on the dense model's predictions, ``blocks``
+            each block on the dense block's outputs; ``auto`` the model where it fits in memory.
     """
 
     text: str | Path | tuple[str | Path, ...] | None = None
@@ -42,6 +49,7 @@ class Calibration:
     method: str = "sketch"
     device: str = "auto"
     recover: int | None = None
+    recover_by: str = "auto"
 
     def __post_init__(self) -> None:
         for field, low in (("tokens", 1), ("seq_len", 2), ("seed", 0)):
@@ -52,6 +60,11 @@ class Calibration:
                 raise RecipeError(
                     f"calibration: {field} must be an integer of at least {low}, got {value!r}"
                 )
+        if self.recover_by not in RECOVER_BY:
+            raise RecipeError(
+                f"calibration: recover_by must be one of {', '.join(RECOVER_BY)}, "
+                f"got {self.recover_by!r}"
+            )
         if self.recover is not None and self.recover < 0:
             raise RecipeError(f"calibration: recover must not be negative, got {self.recover}")
 
@@ -68,12 +81,16 @@ class Calibration:
         """Windows whose activations are gathered: so many, or without `tokens` at most."""
         return -(-(self.tokens or DEFAULT_TOKENS) // self.seq_len)
 
-    def recovery_tokens(self, bits: int) -> int:
-        """Tokens to recover on: as asked for, or by default some at 3 bits and below."""
+    def recovery_tokens(self, steps: Iterable[Step]) -> int:
+        """Tokens to recover on: as asked for, or by default some at 3 bits and below.
+
+        Args:
+            steps: of the plan. Where bits differ, most of the linear weights must be so coarse.
+        """
         if self.recover is not None:
             return self.recover
         ours = self.texts and self.method == DEFAULT_METHOD  # published recipes stay as they are
-        return DEFAULT_RECOVERY_TOKENS if ours and bits <= MAX_RECOVERED_BITS else 0
+        return DEFAULT_RECOVERY_TOKENS if ours and _mostly_coarse(steps) else 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the sketch's document; files by name only, never by path."""
@@ -85,3 +102,10 @@ class Calibration:
             "seq_len": self.seq_len,
             "seed": self.seed,
         }
+
+
+def _mostly_coarse(steps: Iterable[Step]) -> bool:
+    """Whether most of the linear parameters that are sketched have few enough bits."""
+    weights = [(s.parameters, s.record.bits) for s in steps if s.role == "linear" and s.record]
+    coarse = sum(count for count, bits in weights if bits <= MAX_RECOVERED_BITS)
+    return 2 * coarse > sum(count for count, _ in weights)

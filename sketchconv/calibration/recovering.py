@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from sketchconv.calibration.run import Calibrated
     from sketchconv.job import Job
 
-_DOES_NOT_FIT = "the model and the activations of a step do not fit in memory"
+_DOES_NOT_FIT = (
+    "the model and the activations of a step do not fit in memory; --recover-by blocks needs one "
+    "block at a time"
+)
 
 
 def recover_draft(

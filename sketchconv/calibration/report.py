@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sketchconv.calibration.state import WeightResult
+from sketchconv.calibration.state import BlockResult, WeightResult
+
+if TYPE_CHECKING:
+    from sketchconv.calibration.setting import Setting
+    from sketchconv.plan import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +79,53 @@ class CalibrationReport:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**asdict(self), "notes": list(self.notes)}
+
+
+def make_report(
+    setting: Setting,
+    steps: Iterable[Step],
+    results: Sequence[BlockResult],
+    seconds: float,
+    peak: int,
+) -> CalibrationReport:
+    """The report on finished blocks.
+
+    Args:
+        setting: of the calibration.
+        steps: of the plan; linear weights outside the blocks are not calibrated.
+        results: of every block.
+        seconds, peak: wall time, and anonymous memory in bytes.
+    """
+    skipped = {name: why for block in results for name, why in block.skipped.items()}
+    inside = {record.name for block in setting.targets for record in block.values()}
+    for step in steps:
+        if step.record is not None and step.role == "linear" and step.name not in inside:
+            skipped[step.name] = "outside the blocks"
+    return CalibrationReport(
+        method=setting.method.name,
+        tokens=setting.tokens,
+        device=str(setting.weights.device),
+        dtype=str(setting.weights.dtype).removeprefix("torch."),
+        blocks=len(setting.targets),
+        seconds=seconds,
+        weights=tuple(weight for block in results for weight in block.weights),
+        skipped=skipped,
+        peak_anonymous=peak,
+        recovery=_rebuilt([block.rebuilt for block in results if block.rebuilt is not None]),
+    )
+
+
+def _rebuilt(blocks: Sequence[Mapping[str, Any]]) -> RecoveryReport | None:
+    """One report for blocks that were recovered one by one: the mean of their errors."""
+    if not blocks:
+        return None
+    kept = sum(block["kept"] for block in blocks)
+    return RecoveryReport(
+        "error",
+        math.fsum(block["before"] for block in blocks) / len(blocks),
+        math.fsum(block["after"] for block in blocks) / len(blocks),
+        bool(kept),
+        max(block["tokens"] for block in blocks),
+        math.fsum(block["seconds"] for block in blocks),
+        f"block by block, better in {kept} of {len(blocks)}",
+    )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from sketchconv.calibration.options import Calibration
-from sketchconv.calibration.report import CalibrationReport
+from sketchconv.calibration.report import CalibrationReport, make_report
+from sketchconv.calibration.threads import torch_threads
 from sketchconv.memory import watched_peak
 
 if TYPE_CHECKING:
@@ -39,11 +39,13 @@ class Calibrated:
         state: the folder, to be removed when the output exists.
         report: for the user.
         windows: int64 ``[n, short]``, the token ids to recover on.
+        by_blocks: whether the blocks were recovered one by one already.
     """
 
     state: CalibrationState
     report: CalibrationReport
     windows: Tensor
+    by_blocks: bool = False
 
     def weights(self) -> FinishedWeights:
         """The finished weights, recovered LUTs included."""
@@ -54,7 +56,12 @@ class Calibrated:
 
 
 def calibrate(
-    job: Job, *, recover: int, threads: int | None = None, tick: Tick | None = None
+    job: Job,
+    *,
+    recover: int,
+    threads: int | None = None,
+    tick: Tick | None = None,
+    writing: Tick | None = None,
 ) -> Calibrated:
     """Sketch the weights of all blocks by a calibrated method, into a state folder.
 
@@ -65,6 +72,7 @@ def calibrate(
         recover: tokens whose final hidden states in the dense model are kept.
         threads: of torch and of the solver; the same number gives the same bytes.
         tick: called after each stage of a block.
+        writing: called while the model writes its own text, with tokens in place of weights.
 
     Raises:
         CalibrationError: the text, the model, the device or an older state do not fit.
@@ -72,7 +80,7 @@ def calibrate(
     """
     import torch
 
-    from sketchconv.calibration.needs import check_memory
+    from sketchconv.calibration.needs import by_blocks, check_memory
     from sketchconv.calibration.setting import fingerprint, make_setting
     from sketchconv.calibration.state import RECOVERED, CalibrationState
 
@@ -80,19 +88,20 @@ def calibrate(
     if job.calibration is None:
         raise TypeError("the job has no calibration")
     with torch.no_grad(), torch_threads(threads):
-        setting = make_setting(job, job.calibration, recover)
+        setting = make_setting(job, job.calibration, recover, writing)
         check_memory(setting, job.max_memory)
-        state = CalibrationState(job.output, fingerprint(job, setting))
+        rebuilt = recover if recover and by_blocks(job, setting) else 0
+        state = CalibrationState(job.output, fingerprint(job, setting, rebuilt))
         # Of a run that was broken off later: it would be the start of this one's recovery.
         (state.folder / RECOVERED).unlink(missing_ok=True)
         run = _Run(job, setting, state, threads, tick)
         with watched_peak() as peak:
             try:
-                run.blocks(recover=bool(recover))
+                run.blocks(recover=bool(recover), rebuilt=rebuilt)
             finally:
                 run.close()
     report = run.report(time.perf_counter() - started, peak())
-    return Calibrated(state, report, setting.windows.short)
+    return Calibrated(state, report, setting.windows.short, bool(rebuilt))
 
 
 class _Run:
@@ -109,24 +118,26 @@ class _Run:
         self.job, self.setting, self.state, self.threads = job, setting, state, threads
         self.results: list[BlockResult] = []
         self._streams: list[Streams] = []
-        self._tick, self._done = tick, 0
+        self._tick, self._done, self._rebuilt = tick, 0, 0
 
-    def blocks(self, *, recover: bool) -> None:
+    def blocks(self, *, recover: bool, rebuilt: int = 0) -> None:
         """All blocks; those that an earlier run finished are only run through.
 
-        With `recover`, what goes into the dense model's head is kept.
+        With `recover`, what goes into the dense model's head is kept; with `rebuilt` each block is
+        recovered on so many tokens instead.
         """
         from sketchconv.calibration.teacher import Teacher
 
         count, teacher = len(self.setting.targets), None
-        if recover:
+        self._rebuilt = rebuilt
+        if recover and not rebuilt:
             teacher = Teacher(self.state.folder, self.setting.windows.short)
         if all(self.state.done(index) for index in range(count)) and (not teacher or teacher.done):
             # Nothing depends on the hidden states any more.
             self.results = [self.state.result(index) for index in range(count)]
             return
         wanted = teacher if teacher and not teacher.done else None
-        paired, *others = self._open(recover=wanted is not None)
+        paired, *others = self._open(recover=wanted is not None or bool(rebuilt))
         for index in range(count):
             self._block(index, paired, others)
         if wanted is not None:
@@ -147,23 +158,7 @@ class _Run:
 
     def report(self, seconds: float, peak: int) -> CalibrationReport:
         """What was done."""
-        setting = self.setting
-        skipped = {k: v for block in self.results for k, v in block.skipped.items()}
-        inside = {record.name for block in setting.targets for record in block.values()}
-        for step in self.job.plan.steps:
-            if step.record is not None and step.role == "linear" and step.name not in inside:
-                skipped[step.name] = "outside the blocks"
-        return CalibrationReport(
-            method=setting.method.name,
-            tokens=setting.tokens,
-            device=str(setting.weights.device),
-            dtype=str(setting.weights.dtype).removeprefix("torch."),
-            blocks=len(setting.targets),
-            seconds=seconds,
-            weights=tuple(weight for block in self.results for weight in block.weights),
-            skipped=skipped,
-            peak_anonymous=peak,
-        )
+        return make_report(self.setting, self.job.plan.steps, self.results, seconds, peak)
 
     def _open(self, *, recover: bool) -> list[Streams]:
         """Hidden states in front of the first block: those gathered from, then any others."""
@@ -175,7 +170,10 @@ class _Run:
         folder = self.state.folder
         self._streams.append(Streams(self.setting, windows.gathered, folder, room))
         if recover:
-            others = Streams(self.setting, windows.short, folder, room, paired=False)
+            both = bool(self._rebuilt)
+            others = Streams(
+                self.setting, windows.short, folder, room, paired=both, name="recovery-"
+            )
             self._streams.append(others)
         return self._streams
 
@@ -190,14 +188,16 @@ class _Run:
         if self.state.done(index):
             self._replay(work, digest)
         else:
-            self._calibrate(work, paired, digest)
+            self._calibrate(work, paired, digest, others)
         if len(self.results) <= index:
             self.results.append(self.state.result(index))
         for streams in (paired, *others):
             streams.advance(index, name, dense, work.compressed)
         weights.empty(name)
 
-    def _calibrate(self, work: BlockWork, streams: Streams, digest: str) -> None:
+    def _calibrate(
+        self, work: BlockWork, streams: Streams, digest: str, others: Sequence[Streams]
+    ) -> None:
         from sketchconv.calibration.block import calibrate_block
         from sketchconv.calibration.state import BlockResult
 
@@ -208,8 +208,18 @@ class _Run:
         for paths in stages:
             records = [work.targets[path] for path in paths]
             self._say(f"{where}: {paths[-1]}", sum(r.shape[0] * r.shape[1] for r in records))
-        result = BlockResult(digest, tuple(work.results), work.skipped)
+        rebuilt = self._rebuild(work, others[0]) if self._rebuilt else None
+        result = BlockResult(digest, tuple(work.results), work.skipped, rebuilt)
         self.state.save(work.index, work.tensors, result)
+
+    def _rebuild(self, work: BlockWork, streams: Streams) -> dict[str, Any] | None:
+        from sketchconv.calibration.rebuild import rebuild
+
+        self._say(f"block {work.index + 1}/{len(self.setting.targets)}: recovery", 0)
+        seed = 0 if self.job.calibration is None else self.job.calibration.seed
+        spill = self.state.folder / "recovery-outputs.hidden" if streams.spilled else None
+        found = rebuild(work, streams, self._rebuilt, seed, spill)
+        return None if found is None else asdict(found)
 
     def _replay(self, work: BlockWork, digest: str) -> None:
         """Put the weights of a finished block in place."""
@@ -229,17 +239,3 @@ class _Run:
         self._done += weights
         if self._tick is not None:
             self._tick(text, min(self._done, self.setting.parameters), self.setting.parameters)
-
-
-@contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """Let torch compute with so many threads for a while."""
-    import torch
-
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # at every token, small; several make one window, and one a window to recover on.
 BATCH = 64
 SEGMENT = SHORT
+TICK = 16  # positions between two reports of progress
 
 
 def self_written(
@@ -76,9 +77,13 @@ def self_written(
     parts = []
     with torch.inference_mode():
         for begin in range(0, count, BATCH):
-            parts.append(writer.write(min(BATCH, count - begin), segment))
-            if progress is not None:
-                progress(min(begin + BATCH, count) * segment, count * segment)
+            size = min(BATCH, count - begin)
+
+            def tick(tokens: int, done: int = begin * segment) -> None:
+                if progress is not None:
+                    progress(done + tokens, count * segment)
+
+            parts.append(writer.write(size, segment, tick))
     return torch.cat(parts).reshape(-1)[: windows * seq_len].reshape(windows, seq_len).clone()
 
 
@@ -99,8 +104,11 @@ class _Writer:
         self._ends = ends(model, tokenizer)
         self._ordinary = ordinary_tokens(model, tokenizer)
 
-    def write(self, batch: int, length: int) -> Tensor:
-        """Sequences int64 [batch, length]; one that ends early is followed by a new one."""
+    def write(self, batch: int, length: int, tick: Callable[[int], None]) -> Tensor:
+        """Sequences int64 [batch, length]; one that ends early is followed by a new one.
+
+        `tick` is told how many tokens are written, every few positions and at the end.
+        """
         cache = None
         written = torch.empty(batch, length, dtype=torch.int64)
         # Position within the current document of each sequence.
@@ -112,6 +120,8 @@ class _Writer:
             # Where one token opens documents and ends them too, the opening ends none.
             ended = torch.isin(token, self._ends) & (place >= len(self._opening))
             place = torch.where(ended, 0, place + 1)
+            if (n + 1) % TICK == 0 or n + 1 == length:
+                tick((n + 1) * batch)
             if n + 1 < length:
                 new = written[:, : n + 1] if cache is None else token.unsqueeze(1)
                 logits, cache = self._logits(new, cache)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from sketchconv import __version__
 from sketchconv.architecture import open_skeleton
@@ -19,6 +19,8 @@ from sketchconv.calibration.devices import compute_dtype, find_device
 from sketchconv.calibration.inputs import make_windows
 from sketchconv.calibration.linears import is_linear
 from sketchconv.calibration.methods import Method, method_named
+from sketchconv.calibration.own_text import OwnText, Tick
+from sketchconv.calibration.state import state_folder
 from sketchconv.calibration.weights import Weights
 
 if TYPE_CHECKING:
@@ -58,8 +60,10 @@ class Setting:
         return sum(record.shape[0] * record.shape[1] for record in records)
 
 
-def make_setting(job: Job, options: Calibration, recover: int) -> Setting:
-    """Open everything, and refuse what does not fit.
+def make_setting(
+    job: Job, options: Calibration, recover: int, writing: Tick | None = None
+) -> Setting:
+    """Open everything, and refuse what does not fit; `writing` sees the model write its own text.
 
     Raises:
         CalibrationError: the device, the model or the text.
@@ -73,15 +77,18 @@ def make_setting(job: Job, options: Calibration, recover: int) -> Setting:
     path = find_blocks(model)
     weights = Weights(model, mapping, job.source, compute_dtype(job.source, device), device)
     targets = _find_targets(job, model.get_submodule(path), path, mapping.modules)
-    windows = make_windows(options, weights, recover)
+    own = OwnText(state_folder(job.output), _made_from(job, weights), writing)
+    windows = make_windows(options, weights, recover, own)
     return Setting(weights, path, targets, windows, method)
 
 
-def fingerprint(job: Job, setting: Setting) -> dict[str, Any]:
-    """Everything that decides the result, as plain JSON values; weights by their files."""
+def fingerprint(job: Job, setting: Setting, rebuilt: int = 0) -> dict[str, Any]:
+    """Everything that decides the result, as plain JSON values; weights by their files.
+
+    `rebuilt` is the number of tokens that each block is recovered on, as a part of the calibration.
+    """
     source, windows = job.source, setting.windows.gathered
     records = [step.record for step in job.plan.steps if step.record is not None]
-    text = hashlib.sha256(windows.numpy().tobytes())
     return {
         "source": [source.id, source.revision, source.format, source.nbytes],
         "files": _files(source.paths),
@@ -90,9 +97,26 @@ def fingerprint(job: Job, setting: Setting) -> dict[str, Any]:
         "config": source.config(),
         "sketches": [[r.name, *r.shape, r.bits, r.groups, r.lut_dtype] for r in records],
         "method": repr(setting.method),
-        "text": text.hexdigest(),
+        "text": _digest(windows),
         "seq_len": windows.shape[1],
         "compute": [setting.weights.device.type, str(setting.weights.dtype)],
+        "rebuilt": [rebuilt, _digest(setting.windows.short)] if rebuilt else [],
+    }
+
+
+def _digest(windows: Tensor) -> str:
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+
+
+def _made_from(job: Job, weights: Weights) -> dict[str, Any]:
+    """All that decides what the model writes, besides its own sampling."""
+    source = job.source
+    return {
+        "source": [source.id, source.revision, source.format, source.nbytes],
+        "files": _files(source.paths),
+        "config": source.config(),
+        "versions": [__version__, torch.__version__, transformers.__version__],
+        "compute": [weights.device.type, str(weights.dtype)],
     }
 
 

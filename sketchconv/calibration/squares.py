@@ -22,6 +22,7 @@ from sketchconv.calibration.devices import compute_dtype, find_device
 from sketchconv.calibration.inputs import make_windows
 from sketchconv.calibration.methods import method_named
 from sketchconv.calibration.options import Calibration
+from sketchconv.calibration.own_text import OwnText
 from sketchconv.calibration.setting import Setting
 from sketchconv.calibration.streams import Streams, final_hidden, find_head
 from sketchconv.calibration.weights import Weights
@@ -41,7 +42,7 @@ def mean_squares(
     Args:
         source: of the dense weights.
         options: text, tokens, seed and device; the method is not used.
-        folder: for hidden states that take more than `room` bytes.
+        folder: for hidden states that take more than `room` bytes, and text of the model's own.
         room: see there.
         tick: called after each block.
 
@@ -57,7 +58,7 @@ def mean_squares(
             config.use_cache = False
         device = find_device(options.device)
         weights = Weights(model, mapping, source, compute_dtype(source, device), device)
-        windows = make_windows(options, weights, 0)
+        windows = make_windows(options, weights, 0, OwnText(folder, {}, None))
         path = find_blocks(model)
         setting = Setting(weights, path, (), windows, method_named("rtn"))
         if tick is not None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".calibration"
 RECOVERED = "recovered.safetensors"
+OWN_TEXT = "written.safetensors"
 _FINGERPRINT = "calibration.json"
 _RESULTS = "results"
 
@@ -48,11 +49,13 @@ class BlockResult:
         digest: SHA-256 of the dense weights that it was made from.
         weights: one entry per calibrated weight.
         skipped: weight -> why it is left to the calibration-free path.
+        rebuilt: what its own recovery did, as plain JSON values; None where there was none.
     """
 
     digest: str
     weights: tuple[WeightResult, ...]
     skipped: Mapping[str, str]
+    rebuilt: Mapping[str, Any] | None = None
 
 
 class CalibrationState:
@@ -69,15 +72,12 @@ class CalibrationState:
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.folder = output.with_name(output.name + SUFFIX)
+        self.folder = state_folder(output)
         self._fingerprint = json.loads(json.dumps(fingerprint))
         file = self.folder / _FINGERPRINT
+        check_folder(self.folder)
         if file.exists():
             self._compare(file)
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise CalibrationError(
-                f"{self.folder}: in the way of this calibration's state; move or delete it"
-            )
         self.folder.mkdir(exist_ok=True)
         write_bytes(file, json.dumps(self._fingerprint, indent=1).encode())
 
@@ -117,7 +117,7 @@ class CalibrationState:
             WeightResult(w["name"], w["error"], w["damping"], tuple(w["notes"]))
             for w in values["weights"]
         )
-        return BlockResult(values["digest"], weights, values["skipped"])
+        return BlockResult(values["digest"], weights, values["skipped"], values["rebuilt"])
 
     def tensors(self, block: int, names: Iterable[str]) -> list[Tensor]:
         """Tensors of a finished block."""
@@ -129,6 +129,24 @@ class CalibrationState:
     def remove(self) -> None:
         """Forget everything: the output exists."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def state_folder(output: Path) -> Path:
+    """Where the state of a calibration lies, beside its output."""
+    return output.with_name(output.name + SUFFIX)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything but the state of a calibration.
+
+    Raises:
+        CalibrationError: it does.
+    """
+    ours = any((folder / name).exists() for name in (_FINGERPRINT, OWN_TEXT))
+    if not ours and folder.exists() and any(folder.iterdir()):
+        raise CalibrationError(
+            f"{folder}: in the way of this calibration's state; move or delete it"
+        )
 
 
 class FinishedWeights:

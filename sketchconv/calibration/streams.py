@@ -44,16 +44,24 @@ class Streams:
         folder: for hidden states that take more memory than `room`, in bytes.
         room: see there.
         paired: whether they go through both models; else through the dense one, which is all that
-            the recovery needs.
+            the recovery of a whole model needs.
+        name: of these streams' files, where there are others in the folder.
     """
 
     def __init__(
-        self, setting: Setting, windows: Tensor, folder: Path, room: int, *, paired: bool = True
+        self,
+        setting: Setting,
+        windows: Tensor,
+        folder: Path,
+        room: int,
+        *,
+        paired: bool = True,
+        name: str = "",
     ) -> None:
         self.weights, self.path = setting.weights, setting.path
         self.model = setting.weights.model
         self.windows, self.paired = windows, paired
-        self._folder, self._room = folder, room
+        self._folder, self._room, self._name = folder, room, name
         self._size = max(1, BATCH_TOKENS // self.windows.shape[1])
         self._calls: dict[int, list[Call]] = {}
         self._enter()
@@ -140,8 +148,9 @@ class Streams:
         count = len(self.windows)
         shape = (count, hidden.shape[1], hidden.shape[2])
         size = count * hidden[0].numel() * hidden.element_size() * (2 if self.paired else 1)
-        names = ("dense", "compressed") if self.paired else ("recovery", "")
+        names = (f"{self._name}dense", f"{self._name}compressed")
         spill = size > self._room
+        self.spilled = spill
         dense, compressed = (self._folder / f"{name}.hidden" if spill else None for name in names)
         self.dense = HiddenStates(shape, hidden.dtype, dense)
         if self.paired:
@@ -154,7 +163,8 @@ class Streams:
         returned = call.run(self.blocks[0], hidden)
         self.weights.empty(name)
         self.returned = around.with_hidden(returned, hidden[:0])
-        for size, batch in {b.end - b.begin: b for b in self.batches()}.items():
+        # Single windows too: the recovery of a block trains on one at a time.
+        for size, batch in {b.end - b.begin: b for b in [Batch(0, 1), *self.batches()]}.items():
             found = around.catch_calls(self.model, self.blocks, self.ids(batch), returned)
             self._calls[size] = found
         self._check_calls(returned)

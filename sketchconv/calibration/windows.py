@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sketchconv.calibration.texts import read_documents
 from sketchconv.errors import CalibrationError
+from sketchconv.tokens import first_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +20,10 @@ _PROBE = "a"
 # SmolLM2 at 3 bits fell from 0.234 to 0.216 on windows of 256 (on an H100) and from 0.253 to 0.240
 # on windows of 1024 (on a CPU, other held-out text), 16,384 tokens each.
 SHORT = 256
+# Windows that are cut for each that is drawn, and tokens that are cut in any case: of a long text
+# no more is tokenized.
+REACH = 16
+LEAST = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,8 @@ def text_windows(
 ) -> TextWindows:
     """Windows of a text.
 
-    The text is cut into windows from its start, and some are drawn without replacement; those that
+    The text is cut into windows from its start (of a long one two million tokens, or 16 times as
+    many as are wanted), and some are drawn without replacement; those that
     are drawn beyond the least count are cut into short ones. Every window has the special tokens
     that the tokenizer puts around a text, such as BOS or CLS and SEP.
 
@@ -70,7 +76,7 @@ def text_windows(
             "tokens; choose a larger --seq-len"
         )
     documents = read_documents(text, tokenizer, count[1] * seq_len)
-    tokens = _token_ids(documents, tokenizer)
+    tokens = _token_ids(documents, tokenizer, max(LEAST, REACH * count[1] * inner))
     available = len(tokens) // inner
     if not strict and available < count[1]:
         count = (max(1, available * count[0] // count[1]), available)
@@ -118,13 +124,17 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> lis
     return [int(token) for token in encoded["input_ids"]]
 
 
-def _token_ids(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All documents' tokens, with the end-of-text token between documents."""
+def _token_ids(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, most: int
+) -> list[int]:
+    """The documents' first tokens, with the end-of-text token between documents."""
     tokens: list[int] = []
     for document in documents:
         if tokens and tokenizer.eos_token_id is not None:
             tokens.append(int(tokenizer.eos_token_id))
-        tokens += _ids(tokenizer, document, special=False)
+        tokens += first_tokens(tokenizer, document, most - len(tokens))
+        if len(tokens) >= most:
+            return tokens[:most]
     return tokens
 
 

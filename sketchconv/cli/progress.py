@@ -104,6 +104,8 @@ def _rate(event: Progress, seconds: float) -> str:
         return f"step {event.done:4d}/{event.total}"
     if event.action == "measure":
         return f"block {event.done:3d}/{event.total}"
+    if event.action == "write":
+        return f"{event.done / max(seconds, 1e-9):6.0f} tokens/s"
     return f"{event.done / max(seconds, 1e-9) / 1e6:6.1f} M weights/s"
 
 

@@ -54,6 +54,12 @@ _OPTIONS: Final = (
         metavar="TOKENS",
         help="Train the LUTs on so many tokens; 0 for none. [default: 32768 at 3 bits and below]",
     ),
+    click.option(
+        "--recover-by",
+        type=click.Choice(["auto", "model", "blocks"]),
+        help="Train the whole model, or one block at a time: weaker, in less memory. "
+        "[default: auto, blocks where the model does not fit]",
+    ),
 )
 # As they are called on the command line, by the names that click passes.
 _NAMES: Final = {
@@ -62,6 +68,7 @@ _NAMES: Final = {
     **{name: f"--{name.replace('_', '-')}" for name in ("exclude", "weighting", "equal_weights")},
     **{name: f"--{name.replace('_', '-')}" for name in ("exact", "tokens", "seq_len", "seed")},
     **{name: f"--{name}" for name in ("method", "device", "recover")},
+    "recover_by": "--recover-by",
     "recipe_file": "--recipe",
     "texts": "--calibration",
 }
@@ -81,7 +88,7 @@ def given_sketch_options(options: Mapping[str, Any]) -> list[str]:
 
 def calibration_of(options: Mapping[str, Any]) -> Calibration | None:
     """The calibration that the options describe; None where none of them is given."""
-    fields = ("tokens", "seq_len", "seed", "device", "recover")
+    fields = ("tokens", "seq_len", "seed", "device", "recover", "recover_by")
     given = {field: options[field] for field in fields if options[field] is not None}
     if options["texts"]:
         given["text"] = options["texts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from sketchconv.evaluation.opening import (
     open_tokenizer,
     resolve,
 )
+from sketchconv.evaluation.reference import Reference
 from sketchconv.evaluation.ruler import Measured, Ruler, Text
 from sketchconv.evaluation.scores import TextScore
 from sketchconv.evaluation.windows import Cut, cut_windows, opening_tokens
@@ -40,7 +42,7 @@ class ModelScore:
         texts: one entry per text.
         layers: relative error of each hidden state against the reference's, the embeddings first.
         choices: None where no question was asked.
-        seconds: wall time, loading included; of the reference up to its last use.
+        seconds: wall time, loading included.
     """
 
     model: str
@@ -94,7 +96,7 @@ def evaluate(
     device: str = "auto",
     progress: ProgressCallback | None = None,
 ) -> Evaluation:
-    """Measure models with one ruler, one at a time beside the reference.
+    """Measure models with one ruler, one at a time: the reference first, then the others.
 
     Args:
         models: folders, sketches, GGUF files or hub ids of causal language models.
@@ -112,24 +114,55 @@ def evaluate(
     if not models or not (material.texts or material.questions):
         raise EvaluationError("nothing to measure: name a model, and a text or questions")
     device = _device(device)
-    kept = None if reference is None else _open(reference, dtype, device)
     paths = {name: resolve(name) for name in models}
-    tokenizer = _tokenizer(([] if kept is None else [(kept.name, kept.path)]) + [*paths.items()])
+    compared = {} if reference is None else {reference: resolve(reference)}
+    tokenizer = _tokenizer([*compared.items(), *paths.items()])
     cut = cut or Cut()
     texts = [
         Text(name, tuple(cut_windows(tokenizer, text, cut, name)))
         for name, text in material.texts.items()
     ]
-    ruler = Ruler(texts, None if kept is None else kept.network, remember=len(models) > 1)
-    scores, own = [], None
-    for name in models:
-        opened = _open(name, dtype or _ggufs_dtype(paths[name], kept), device)
-        measured = ruler.measure(opened.network, _ticker(progress, name))
-        scores.append(_score(opened, measured, measured.texts, tokenizer, material.questions))
-        if kept is not None and own is None:
-            theirs = measured.reference or ()
-            own = _score(kept, None, theirs, tokenizer, material.questions)
+    kept = None
+    if reference is not None:
+        kept = _measured_first(reference, texts, (dtype, device), tokenizer, material, progress)
+    try:
+        ruler = Ruler(texts, None if kept is None else kept.states)
+        scores, own = [], None
+        for name in models:
+            opened = _open(name, dtype or _ggufs_dtype(paths[name], kept), device)
+            measured = ruler.measure(opened.network, _ticker(progress, name))
+            scores.append(_score(opened, measured, tokenizer, material.questions))
+            if kept is not None and own is None:
+                own = dataclasses.replace(kept.score, texts=measured.reference or ())
+            opened.network.keep_head()  # only one model is in memory at a time
+    finally:
+        if kept is not None:
+            kept.states.close()
     return Evaluation(tuple(scores), own, cut, len(opening_tokens(tokenizer)), device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is left of the reference when the models come: its states, and its own figures."""
+
+    states: Reference
+    score: ModelScore
+
+
+def _measured_first(
+    name: str,
+    texts: Sequence[Text],
+    how: tuple[str | None, str],
+    tokenizer: PreTrainedTokenizerBase,
+    material: Material,
+    progress: ProgressCallback | None,
+) -> _Kept:
+    """Run the reference on everything, so that it need not be in memory beside a model."""
+    opened = _open(name, *how)
+    score = _score(opened, None, tokenizer, material.questions)
+    states = Reference(opened.network, texts, _ticker(progress, name))
+    seconds = time.perf_counter() - opened.started
+    return _Kept(states, dataclasses.replace(score, seconds=seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +181,11 @@ def _open(name: str, dtype: str | None, device: str) -> _Opened:
     return _Opened(name, path, open_network(path, dtype=dtype, device=device), started)
 
 
-def _ggufs_dtype(path: Path, reference: _Opened | None) -> str | None:
+def _ggufs_dtype(path: Path, reference: _Kept | None) -> str | None:
     """A GGUF file has no dtype to compute in: then the reference's, so that both round alike."""
     if reference is None or path.suffix != ".gguf":
         return None
-    return _dtype(reference.network)
+    return reference.score.dtype
 
 
 def _dtype(network: Network) -> str:
@@ -182,7 +215,6 @@ def _ticker(progress: ProgressCallback | None, name: str) -> Callable[[int, int]
 def _score(
     opened: _Opened,
     measured: Measured | None,
-    texts: tuple[TextScore, ...],
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
 ) -> ModelScore:
@@ -190,6 +222,7 @@ def _score(
     choices = answer_questions(network, tokenizer, questions) if questions else None
     nbytes, bits = size_of(opened.path)
     layers = None if measured is None else measured.layers
+    texts = () if measured is None else measured.texts
     seconds = time.perf_counter() - opened.started
     return ModelScore(opened.name, nbytes, bits, _dtype(network), texts, layers, choices, seconds)
 

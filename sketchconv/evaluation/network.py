@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -52,6 +53,17 @@ class Network:
     def splits(self) -> bool:
         """Whether the last of `states` holds head inputs; known after the first `states`."""
         return bool(self._split)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is."""
+        device: torch.device = next(iter(self._head.state_dict().values())).device
+        return device
+
+    def keep_head(self) -> None:
+        """Let go of all but the head: from here on only `logits` can be had."""
+        self.model = None
+        gc.collect()  # modules of transformers refer to each other
 
     def states(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Hidden states [batch, tokens, hidden]: of the embeddings, then of each layer.

@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from sketchconv.errors import EvaluationError
 from sketchconv.evaluation.layers import LayerErrors
 from sketchconv.evaluation.network import Network
+from sketchconv.evaluation.reference import LAYER_WINDOWS, Reference
 from sketchconv.evaluation.scores import TextScore, TokenScores, joined, score
 from sketchconv.evaluation.windows import Window
 
-# Windows of the first text over which the layers' errors are measured.
-LAYER_WINDOWS = 2
 ProgressCallback = Callable[[int, int], None]
 
 
@@ -39,22 +37,16 @@ class Measured:
 class Ruler:
     """Measures models on texts, beside a reference.
 
-    Logits are made in blocks of tokens and never kept. The reference's last hidden states may be
-    kept in memory from one model to the next; then the reference runs once in all.
+    Logits are made in blocks of tokens and never kept.
 
     Args:
         texts: what to measure on.
-        reference: the model to compare with, or None.
-        remember: keep the reference's hidden states: 2 bytes per token and channel in bf16.
+        reference: what is kept of the model to compare with, on the same texts, or None.
     """
 
-    def __init__(
-        self, texts: Sequence[Text], reference: Network | None = None, *, remember: bool = False
-    ) -> None:
+    def __init__(self, texts: Sequence[Text], reference: Reference | None = None) -> None:
         self.texts = tuple(texts)
         self.reference = reference
-        self._remember = remember
-        self._known: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def measure(self, network: Network, progress: ProgressCallback | None = None) -> Measured:
         """Scores of one model.
@@ -86,7 +78,7 @@ class Ruler:
         self, network: Network, window: Window, place: tuple[int, int], layers: LayerErrors | None
     ) -> TokenScores:
         states = network.states(window.ids.unsqueeze(0))
-        known = self._reference_states(window, place) if self.reference is not None else None
+        known = None if self.reference is None else self.reference.states(place)
         if known is not None and layers is not None:
             layers.add(known, states)
         parts = []
@@ -105,19 +97,6 @@ class Ruler:
                 f"{network.name}: gives NaN logits, so it has no perplexity; try --dtype float32"
             )
         return scores
-
-    def _reference_states(self, window: Window, place: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Hidden states of the reference; all of them for windows that the layers need."""
-        if place in self._known:
-            return self._known[place]
-        if self.reference is None:
-            raise TypeError("there is no reference")
-        states = self.reference.states(window.ids.unsqueeze(0))
-        if not self._remember or not self.reference.splits:
-            return states
-        kept = states if place[0] == 0 and place[1] < LAYER_WINDOWS else states[-1:]
-        self._known[place] = kept
-        return kept
 
     def _check_vocabulary(self, network: Network) -> None:
         if self.reference is not None and network.vocabulary != self.reference.vocabulary:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sketchconv.errors import EvaluationError
+from sketchconv.tokens import first_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,14 +92,15 @@ def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str, cut: Cut, name: s
         EvaluationError: the text is shorter than one window.
     """
     opening = opening_tokens(tokenizer)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     body = cut.seq_len - len(opening)
+    step = min(body, cut.seq_len if cut.stride is None else cut.stride)
+    wanted = None if cut.count is None else body + step * (cut.count - 1)
+    ids = first_tokens(tokenizer, text, wanted)
     if body < 2 or len(ids) < body:
         raise EvaluationError(
             f"{name}: {len(ids)} tokens are fewer than one window of {cut.seq_len}; "
             "give a longer text or a smaller --seq-len"
         )
-    step = min(body, cut.seq_len if cut.stride is None else cut.stride)
     starts = range(0, len(ids) - body + 1, step)[: cut.count]
     return [
         _window(opening, ids[start : start + body], 0 if start == 0 else body - step)

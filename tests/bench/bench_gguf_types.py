@@ -81,6 +81,7 @@ def ruler(dense: Path, options: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
 
     from sketchconv.evaluation.opening import open_network
+    from sketchconv.evaluation.reference import Reference
     from sketchconv.evaluation.ruler import Ruler, Text
     from sketchconv.evaluation.windows import Cut, cut_windows, read_text
 
@@ -88,7 +89,8 @@ def ruler(dense: Path, options: argparse.Namespace) -> Any:
     windows = cut_windows(
         AutoTokenizer.from_pretrained(dense), read_text(options.text), cut, options.text.stem
     )
-    return Ruler([Text(options.text.stem, tuple(windows))], open_network(dense), remember=True)
+    texts = [Text(options.text.stem, tuple(windows))]
+    return Ruler(texts, Reference(open_network(dense), texts))
 
 
 def main() -> None:

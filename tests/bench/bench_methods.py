@@ -71,6 +71,7 @@ class Bench:
         from transformers import AutoTokenizer
 
         from sketchconv.evaluation.opening import open_network
+        from sketchconv.evaluation.reference import Reference
         from sketchconv.evaluation.ruler import Ruler, Text
         from sketchconv.evaluation.windows import Cut, cut_windows, read_text
 
@@ -79,11 +80,9 @@ class Bench:
         tokenizer = AutoTokenizer.from_pretrained(self.dense)
         cut = Cut(options.seq_len, None, options.windows)
         texts = {options.text.stem: read_text(options.text), "python": other_domain()}
-        self.ruler = Ruler(
-            [Text(n, tuple(cut_windows(tokenizer, t, cut, n))) for n, t in texts.items()],
-            open_network(self.dense, device=options.device),
-            remember=True,
-        )
+        cut_texts = [Text(n, tuple(cut_windows(tokenizer, t, cut, n))) for n, t in texts.items()]
+        reference = Reference(open_network(self.dense, device=options.device), cut_texts)
+        self.ruler = Ruler(cut_texts, reference)
 
     def conditions(self) -> dict[str, Any]:
         """What two rows must share to be compared."""

@@ -262,10 +262,37 @@ def test_recovery_keeps_the_size_and_is_never_worse(whole, llama, text, tmp_path
     assert not list(tmp_path.glob("*.calibration"))
 
 
-def test_recovery_is_on_at_few_bits_only(text):
-    assert dataclasses.replace(options(text), recover=None).recovery_tokens(4) == 0
-    assert dataclasses.replace(options(text), recover=None).recovery_tokens(3) > 0
-    assert options(text).recovery_tokens(2) == 0
+@pytest.mark.parametrize(
+    ("bits", "overrides", "recovered"),
+    [
+        (4, (), False),
+        (3, (), True),
+        (4, (Override("*.mlp.*", bits=2),), True),
+        (3, (Override("*.mlp.*", bits=4),), False),
+        (2, (Override("*.down_proj", bits=5),), True),
+    ],
+)
+def test_recovery_is_on_where_most_weights_have_few_bits(
+    llama, text, tmp_path, bits, overrides, recovered
+):
+    asked = recipe(bits, overrides=overrides, embed_bits=8)
+    default = dataclasses.replace(options(text), recover=None)
+    job = prepare(llama, tmp_path / "tiny.sktch", asked, calibration=default)
+    job.source.close()
+    assert bool(default.recovery_tokens(job.plan.steps)) == recovered
+    assert bool(job.draft.recipe["calibration"]["recover"]) == recovered
+    assert options(text).recovery_tokens(job.plan.steps) == 0
+
+
+@pytest.mark.parametrize("calibration", [{"method": "kmeans"}, {"text": "self"}])
+def test_exact_and_a_method_of_its_own_do_not_go_together(llama, tmp_path, calibration):
+    with pytest.raises(RecipeError, match="exact is about k-means alone"):
+        prepare(
+            llama,
+            tmp_path / "tiny.sktch",
+            recipe(exact=True),
+            calibration=Calibration(**calibration),
+        )
 
 
 def test_windows_longer_than_the_model_are_refused(llama, text, tmp_path):
@@ -353,6 +380,54 @@ def test_text_that_the_model_writes_itself(llama, tmp_path):
     assert report.calibration.tokens == 128
     with SktchModel.open(out) as model:
         assert model.manifest.recipe["calibration"]["texts"] == ["self"]
+
+
+def test_text_that_the_model_wrote_is_kept_for_a_run_that_goes_on(llama, tmp_path, monkeypatch):
+    out, said = tmp_path / "tiny.sktch", []
+    broken_off(llama, out, "self", after=1, tokens=128)
+    kept = tmp_path / "tiny.sktch.calibration" / "written.safetensors"
+    assert kept.exists()
+
+    def never(*_, **__):
+        raise AssertionError("written again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sketchconv.calibration.self_written.self_written", never)
+        convert(llama, out, "self", tokens=128, progress=lambda event: said.append(event.action))
+    assert "write" not in said
+    fresh = tmp_path / "fresh" / "tiny.sktch"
+    fresh.parent.mkdir()
+    events = []
+    convert(llama, fresh, "self", tokens=128, progress=events.append)
+    assert digest(fresh) == digest(out)
+    written = [(e.done, e.total) for e in events if e.action == "write"]
+    assert len(written) > 1
+    assert written == sorted(written)
+    assert written[-1][0] == written[-1][1]
+    assert not kept.exists()
+
+
+def test_text_of_another_seed_or_model_is_written_anew(tmp_path):
+    from sketchconv.calibration.own_text import OwnText
+
+    calls = []
+
+    def write(tick):
+        calls.append(1)
+        tick(1, 1)
+        return torch.full((2, 4), len(calls))
+
+    folder, asked = tmp_path / "state", {"windows": 2, "seq_len": 4, "seed": 0}
+    first = OwnText(folder, {"files": "a"})
+    assert int(first.windows(asked, write)[0, 0]) == 1
+    assert int(first.windows(asked, write)[0, 0]) == 1
+    assert int(first.windows({**asked, "seed": 1}, write)[0, 0]) == 2
+    assert int(OwnText(folder, {"files": "b"}).windows(asked, write)[0, 0]) == 3
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "diary.txt").write_text("dear diary")
+    with pytest.raises(CalibrationError, match="in the way"):
+        OwnText(other, {"files": "a"}).windows(asked, write)
 
 
 def test_the_dense_head_is_found_where_the_students_own_is_sketched(llama, text, tmp_path):

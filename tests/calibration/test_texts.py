@@ -40,6 +40,17 @@ def test_documents_are_joined_by_the_end_of_text_token(lines, tokenizer):
     assert tokens.count(tokenizer.eos_token_id) == 1
 
 
+def test_of_a_long_text_only_the_beginning_is_tokenized(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("sketchconv.calibration.windows.LEAST", 1)
+    path = tmp_path / "long.txt"
+    path.write_text("".join(f"{n:07d}\n" for n in range(3000)))
+    drawn = [tokenizer.decode(row) for row in windows(path, tokenizer, 4, 32)]
+    places = [path.read_text().index(piece) for piece in drawn]
+    assert len(set(places)) == 4
+    assert max(places) < 16 * 4 * 32
+    assert all(place % 32 == 0 for place in places)
+
+
 def test_windows_are_pieces_of_the_text_drawn_by_the_seed(text, tokenizer):
     whole = tokenizer(text.read_text())["input_ids"]
     pieces = {tuple(whole[i : i + 32]) for i in range(0, len(whole), 32)}

@@ -172,11 +172,11 @@ def test_covariances_lose_less_of_the_outputs_than_moments(llama, tmp_path):
 
 def test_covariances_give_the_same_bytes_on_any_number_of_threads(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("sketchconv.calibration.spans.SPAN", 16)
-    monkeypatch.setattr("sketchconv.covariances.TILE", 16)
+    monkeypatch.setattr("sketchconv.sensitivities.tiles.TILE", 16)
     recipe, out = Recipe(SketchSpec(bits=3), weighting="covariances"), tmp_path / "tiny.sktch"
     found = set()
     for threads in (1, 2, 3):
-        monkeypatch.setattr("sketchconv.covariances.available_threads", lambda n=threads: n)
+        monkeypatch.setattr("sketchconv.sensitivities.tiles.available_threads", lambda n=threads: n)
         sketchconv.convert(llama, out, recipe, threads=threads, force=True)
         found |= set(digests(out).values())
     assert len(found) == 1

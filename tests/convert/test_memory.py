@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sketchconv.errors import PlanError
-from sketchconv.memory import DEFAULT_CHUNK_BYTES, anonymous_bytes, chunk_budget, parse_size
+from sketchconv.memory import (
+    DEFAULT_CHUNK_BYTES,
+    anonymous_bytes,
+    chunk_budget,
+    left_beside,
+    parse_size,
+    watched_peak,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +47,59 @@ def test_the_budget_never_exceeds_the_limit_and_a_tiny_limit_is_refused():
     assert chunk_budget(limit) <= 100 << 20
     with pytest.raises(PlanError, match="--max-memory"):
         chunk_budget(1 << 20)
+
+
+def test_what_moments_take_is_left_out_of_the_budget_or_refused():
+    used = anonymous_bytes()
+    limit = used + (200 << 20)
+    assert left_beside(None, 100 << 20, "moments") is None
+    assert left_beside(limit, 100 << 20, "moments") == limit - (100 << 20)
+    with pytest.raises(PlanError, match=r"first weight and 209,715,200 go to moments, so at least"):
+        left_beside(limit, 200 << 20, "moments")
+    assert left_beside(1 << 20, 200 << 20, "moments") == 1 << 20  # `chunk_budget` refuses it
+
+
+def pass_through(hidden):
+    """Propagate covariances through one block: the stated bytes, and how much memory grew."""
+    import numpy as np
+
+    from sketchconv.formats.tensors import TensorInfo
+    from sketchconv.moments import make_moments
+
+    inner, block = 3 * hidden, "model.layers.0."
+    shapes = {
+        "model.embed_tokens.weight": (500, hidden),
+        f"{block}input_layernorm.weight": (hidden,),
+        **{f"{block}self_attn.{n}_proj.weight": (hidden, hidden) for n in "qkvo"},
+        f"{block}post_attention_layernorm.weight": (hidden,),
+        **{f"{block}mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")},
+        f"{block}mlp.down_proj.weight": (hidden, inner),
+        "model.norm.weight": (hidden,),
+    }
+    infos = {name: TensorInfo(name, "F32", shape) for name, shape in shapes.items()}
+    config = {"model_type": "llama", "num_attention_heads": 4}
+    moments = make_moments(config, infos, "covariances")
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    before = anonymous_bytes()
+    with watched_peak(0.001) as peak:
+        for name in moments.order:
+            factors = moments.factors(name)
+            if factors is not None:
+                factors.factor(0.1, act_order=True)
+            if moments.needs(name):
+                moments.observe(name, 0, tensors[name], threads=1)
+    return moments.nbytes, peak() - before
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc"
+)
+def test_covariances_take_no_more_than_they_say():
+    pass_through(64)  # loads libraries, which have buffers of their own
+    stated, grown = pass_through(768)
+    # More than a few squares, and no more than was said but for the allocator's rest.
+    assert 4 * 4 * 768**2 < grown <= stated + (16 << 20)
 
 
 def test_anonymous_memory_grows_with_what_is_held():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
 
 from sketchconv.errors import EvaluationError
 from sketchconv.evaluation import network as network_module
 from sketchconv.evaluation.network import Network
+from sketchconv.evaluation.reference import Reference
 from sketchconv.evaluation.ruler import Ruler, Text
 from sketchconv.evaluation.scores import score
 from sketchconv.evaluation.windows import Cut, cut_windows
@@ -62,16 +67,16 @@ def test_an_encoder_is_refused(makers):
         Network(transformers.BertModel(config), "encoder")
 
 
-@pytest.mark.parametrize("remember", [False, True])
 @pytest.mark.parametrize(
     "changes", [("LlamaForCausalLM", {}), ("Gemma2ForCausalLM", CAPPED)], ids=["split", "whole"]
 )
-def test_measures_as_whole_logits_do(makers, monkeypatch, remember, changes):
+def test_measures_as_whole_logits_do(makers, monkeypatch, changes):
     monkeypatch.setattr(network_module, "_BLOCK_VALUES", 4 * 93)
     kind, options = changes
     dense, other = makers.model(kind, **options), makers.model(kind, seed=1, **options)
     words = text(makers)
-    ruler = Ruler([words], Network(dense, "dense"), remember=remember)
+    reference = Reference(Network(dense, "dense"), [words])
+    ruler = Ruler([words], reference)
     results = [ruler.measure(Network(other, "other")) for _ in range(2)]
     losses, divergences = [], []
     for window in words.windows:
@@ -89,6 +94,7 @@ def test_measures_as_whole_logits_do(makers, monkeypatch, remember, changes):
         assert found.tokens == 33
         assert len(result.layers) in (2, 3)
         assert min(result.layers) > 0.1
+    reference.close()
     own = Ruler([words]).measure(Network(dense, "dense"))
     assert results[0].reference[0].perplexity == pytest.approx(own.texts[0].perplexity, rel=1e-5)
     assert own.layers is None
@@ -97,14 +103,42 @@ def test_measures_as_whole_logits_do(makers, monkeypatch, remember, changes):
 
 def test_a_model_does_not_differ_from_itself(makers):
     model = makers.model()
-    result = Ruler([text(makers)], Network(model, "a")).measure(Network(model, "b"))
+    words = text(makers)
+    reference = Reference(Network(model, "a"), [words])
+    result = Ruler([words], reference).measure(Network(model, "b"))
     assert result.texts[0].divergence.kl.mean == 0
     assert result.texts[0].divergence.agreement.mean == 1
     assert result.layers == (0, 0, 0)
 
 
+def test_only_the_head_of_the_reference_stays(makers):
+    model, words = makers.model(), text(makers)
+    body = weakref.ref(model.model.layers[0].mlp)
+    network = Network(model, "dense")
+    reference = Reference(network, [words])
+    del model
+    gc.collect()
+    assert body() is None
+    assert [len(reference.states((0, w))) for w in range(len(words.windows))] == [3, 3, 1]
+    assert reference.logits(reference.states((0, 2))[-1][0, :2]).shape == (2, 93)
+    folder = Path(reference._folder.name)
+    assert len(list(folder.iterdir())) == 7
+    reference.close()
+    assert not folder.exists()
+
+
+def test_a_full_disk_is_an_error_of_the_evaluation(makers, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(EvaluationError, match=r"No space left.*or take fewer windows"):
+        Reference(Network(makers.model(), "dense"), [text(makers)])
+
+
 def test_another_vocabulary_is_refused(makers):
-    ruler = Ruler([text(makers)], Network(makers.model(), "dense"))
+    words = text(makers)
+    ruler = Ruler([words], Reference(Network(makers.model(), "dense"), [words]))
     with pytest.raises(EvaluationError, match="predicts 99 tokens, the reference dense 93"):
         ruler.measure(Network(makers.model(vocab_size=99), "other"))
 

@@ -8,7 +8,8 @@ import torch
 
 from sketchconv.errors import PlanError
 from sketchconv.formats.tensors import TensorInfo
-from sketchconv.moments import make_moments, silu_second_moment
+from sketchconv.moments import make_moments
+from sketchconv.sensitivities.activations import activated
 
 CONFIG = {
     "model_type": "llama",
@@ -59,38 +60,46 @@ def definition(tensors):
     """Hessians of all inputs, and the mean squares of those of `down`."""
     w = {name: value.astype(np.float64) for name, value in tensors.items()}
     e = w["model.embed_tokens.weight"]
-    stream, found = e.T @ e / len(e), {}
+    mean, spread, found = e.mean(axis=0), np.cov(e.T, bias=True), {}
 
     def normed(gain):
-        return np.outer(gain, gain) * stream / (np.trace(stream) / HIDDEN + 1e-5)
+        size = (mean**2 + np.diag(spread)).mean() + 1e-5
+        return gain * mean / np.sqrt(size), np.outer(gain, gain) * spread / size
 
-    def outer(name):
-        bias = w.get(name, np.zeros(1))
-        return np.outer(bias, bias)
+    def hessian(m, c):
+        return np.outer(m, m) + c
 
     for layer in range(LAYERS):
         at = f"{ROOT}{layer}."
+
+        def through(name, m, c, at=at):
+            weight = w[f"{at}{name}.weight"]
+            return weight @ m + w.get(f"{at}{name}.bias", 0.0), weight @ c @ weight.T
+
         x = normed(w[f"{at}input_layernorm.weight"])
-        found |= {f"{at}self_attn.{n}_proj.weight": x for n in "qkv"}
-        v = w[f"{at}self_attn.v_proj.weight"]
-        heads = v @ x @ v.T + outer(f"{at}self_attn.v_proj.bias")
-        o = np.zeros((6 * HEAD_DIM, 6 * HEAD_DIM))
+        found |= {f"{at}self_attn.{n}_proj.weight": hessian(*x) for n in "qkv"}
+        values, heads = through("self_attn.v_proj", *x)
+        m, c = np.zeros(6 * HEAD_DIM), np.zeros((6 * HEAD_DIM, 6 * HEAD_DIM))
         for query in range(6):
             to, value = slice(query * HEAD_DIM, (query + 1) * HEAD_DIM), query // 3
             source = slice(value * HEAD_DIM, (value + 1) * HEAD_DIM)
-            o[to, to] = heads[source, source]
-        found[f"{at}self_attn.o_proj.weight"] = o
-        out = w[f"{at}self_attn.o_proj.weight"]
-        stream = stream + SHARE * out @ o @ out.T + outer(f"{at}self_attn.o_proj.bias")
+            m[to], c[to, to] = values[source], SHARE * heads[source, source]
+        found[f"{at}self_attn.o_proj.weight"] = hessian(m, c)
+        m, c = through("self_attn.o_proj", m, c)
+        mean, spread = mean + m, spread + c
         x = normed(w[f"{at}post_attention_layernorm.weight"])
-        found |= {f"{at}mlp.{n}_proj.weight": x for n in ("gate", "up")}
-        gate, up = w[f"{at}mlp.gate_proj.weight"], w[f"{at}mlp.up_proj.weight"]
-        spread = np.diag(gate @ x @ gate.T) + np.diag(outer(f"{at}mlp.gate_proj.bias"))
-        inner = silu_second_moment(spread) * np.diag(up @ x @ up.T)
-        found[f"{at}mlp.down_proj.weight"] = inner
-        down = w[f"{at}mlp.down_proj.weight"]
-        stream = stream + down @ np.diag(inner) @ down.T + outer(f"{at}mlp.down_proj.bias")
-    found["lm_head.weight"] = normed(w["model.norm.weight"])
+        found |= {f"{at}mlp.{n}_proj.weight": hessian(*x) for n in ("gate", "up")}
+        gate, up = through("mlp.gate_proj", *x), through("mlp.up_proj", *x)
+        value = activated("silu", gate[0], np.diag(gate[1]))
+        found[f"{at}mlp.down_proj.weight"] = square = value.square * (up[0] ** 2 + np.diag(up[1]))
+        m = value.mean * up[0]
+        slope = value.mean[:, None] * w[f"{at}mlp.up_proj.weight"]
+        slope = slope + (value.slope * up[0])[:, None] * w[f"{at}mlp.gate_proj.weight"]
+        shared = slope @ x[1] @ slope.T
+        own = np.maximum(square - m**2 - np.diag(shared), 0)
+        m, c = through("mlp.down_proj", m, np.diag(own) + shared)
+        mean, spread = mean + m, spread + c
+    found["lm_head.weight"] = hessian(*normed(w["model.norm.weight"]))
     return found
 
 
@@ -127,7 +136,7 @@ def test_streamed_hessians_are_the_definition(biases):
 def test_no_bit_depends_on_how_rows_are_cut_or_on_threads(cuts, monkeypatch):
     tensors = network(9000)
     whole, _ = propagate(tensors, cuts=100_000)
-    monkeypatch.setattr("sketchconv.covariances.available_threads", lambda: 3)
+    monkeypatch.setattr("sketchconv.sensitivities.tiles.available_threads", lambda: 3)
     cut, _ = propagate(tensors, cuts=cuts)
     for name, value in whole.items():
         assert (value is None) == (cut[name] is None)
@@ -147,5 +156,5 @@ def test_a_tensor_that_was_not_shown_is_named():
 def test_other_architectures_have_equal_weights():
     tensors = network()
     infos = {name: TensorInfo(name, "F32", value.shape) for name, value in tensors.items()}
-    moments = make_moments({**CONFIG, "model_type": "gemma"}, infos, "covariances")
-    assert moments.description.startswith("equal weights: not known for model type 'gemma'")
+    moments = make_moments({**CONFIG, "model_type": "granite"}, infos, "covariances")
+    assert moments.description.startswith("equal weights: not known for model type 'granite'")

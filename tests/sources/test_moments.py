@@ -7,7 +7,8 @@ import pytest
 
 from sketchconv.errors import PlanError
 from sketchconv.formats.tensors import TensorInfo
-from sketchconv.moments import equal_weights, make_moments, silu_second_moment
+from sketchconv.moments import equal_weights, make_moments
+from sketchconv.sensitivities.activations import ACTIVATIONS, activated
 
 CONFIG = {
     "model_type": "llama",
@@ -56,50 +57,67 @@ def infos_of(tensors):
     return {name: TensorInfo(name, "F32", value.shape) for name, value in tensors.items()}
 
 
-def silu_square_by_integration(variance):
-    """E[silu(s)^2] by a fine sum over the density."""
+def by_integration(name, mean, variance, of=lambda value, slope: value):
+    """E[of(f(s), f'(s))] by a fine sum over the density."""
     z = np.linspace(-10, 10, 20001)
     density = np.exp(-z * z / 2)
-    s = np.sqrt(variance)[:, None] * z
-    return ((s / (1 + np.exp(-s))) ** 2 * density).sum(axis=1) / density.sum()
+    value, slope = ACTIVATIONS[name](mean[:, None] + np.sqrt(variance)[:, None] * z)
+    return (of(value, slope) * density).sum(axis=1) / density.sum()
 
 
-def silu_square_by_nodes(variance):
-    """The same in the 32 nodes of the definition, one by one."""
+def silu_by_nodes(mean, variance):
+    """E silu(s) and its square in the 32 nodes of the definition, one by one."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(32)
-    total = np.zeros_like(variance)
-    for node, weight in zip(nodes, weights, strict=True):
-        s = np.sqrt(variance) * node
-        total += weight * (s / (1 + np.exp(-s))) ** 2
-    return total / weights.sum()
+    first, second = np.zeros_like(variance), np.zeros_like(variance)
+    for node, weight in zip(nodes, weights / weights.sum(), strict=True):
+        s = mean + np.sqrt(variance) * node
+        first += weight * s / (1 + np.exp(-s))
+        second += weight * (s / (1 + np.exp(-s))) ** 2
+    return first, second
 
 
 def reference(tensors, root="model."):
     """The definition, with whole matrices; returns the input moments of every linear weight."""
-    w = {name: value.astype(np.float64) ** 2 for name, value in tensors.items()}
-    v = w[f"{root}embed_tokens.weight"].mean(axis=0)
+    w = {name: value.astype(np.float64) for name, value in tensors.items()}
+    embedding = w[f"{root}embed_tokens.weight"]
+    mean, variance = embedding.mean(axis=0), embedding.var(axis=0)
     inputs = {}
     for layer in range(LAYERS):
 
         def get(name, layer=layer):
             return w.get(f"{root}layers.{layer}.{name}", 0.0)
 
-        def put(value, *names, layer=layer):
-            inputs.update({f"{root}layers.{layer}.{name}.weight": value for name in names})
+        def put(m, v, *names, layer=layer):
+            inputs.update({f"{root}layers.{layer}.{name}.weight": m**2 + v for name in names})
 
-        x = get("input_layernorm.weight") * v / (v.mean() + 1e-5)
-        put(x, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        value = get("self_attn.v_proj.weight") @ x + get("self_attn.v_proj.bias")
-        o = np.concatenate([value[:HEAD_DIM]] * 3 + [value[HEAD_DIM:]] * 3)
-        put(o, "self_attn.o_proj")
-        v = v + SHARE * (get("self_attn.o_proj.weight") @ o + get("self_attn.o_proj.bias"))
-        x = get("post_attention_layernorm.weight") * v / (v.mean() + 1e-5)
-        put(x, "mlp.gate_proj", "mlp.up_proj")
-        gate = silu_square_by_nodes(get("mlp.gate_proj.weight") @ x)
-        down = gate * (get("mlp.up_proj.weight") @ x)
-        put(down, "mlp.down_proj")
-        v = v + get("mlp.down_proj.weight") @ down
-    inputs["lm_head.weight"] = w[f"{root}norm.weight"] * v / (v.mean() + 1e-5)
+        def through(name, m, v):
+            weight = get(f"{name}.weight")
+            return weight @ m + get(f"{name}.bias"), weight**2 @ v
+
+        def normed(gain, m, v):
+            size = (m**2 + v).mean() + 1e-5
+            return gain * m / np.sqrt(size), gain**2 * v / size
+
+        def shared(values):
+            return np.concatenate([values[:HEAD_DIM]] * 3 + [values[HEAD_DIM:]] * 3)
+
+        x = normed(get("input_layernorm.weight"), mean, variance)
+        put(*x, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        m, v = through("self_attn.v_proj", *x)
+        o = shared(m), SHARE * shared(v)
+        put(*o, "self_attn.o_proj")
+        m, v = through("self_attn.o_proj", *o)
+        mean, variance = mean + m, variance + v
+        x = normed(get("post_attention_layernorm.weight"), mean, variance)
+        put(*x, "mlp.gate_proj", "mlp.up_proj")
+        first, second = silu_by_nodes(*through("mlp.gate_proj", *x))
+        m, v = through("mlp.up_proj", *x)
+        down = first * m, second * (m**2 + v) - (first * m) ** 2
+        put(*down, "mlp.down_proj")
+        m, v = through("mlp.down_proj", *down)
+        mean, variance = mean + m, variance + v
+    m, v = normed(w[f"{root}norm.weight"], mean, variance)
+    inputs["lm_head.weight"] = m**2 + v
     return inputs
 
 
@@ -174,12 +192,41 @@ def test_weights_do_not_depend_on_the_scale_of_the_residual():
     np.testing.assert_allclose(after, before, rtol=1e-12)
 
 
-def test_silu_second_moment_is_the_integral():
-    variance = np.array([0.0, 1e-6, 0.01, 0.3, 1.0, 5.0, 40.0])
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_moments_of_activations_are_the_integrals(name):
+    mean = np.array([0.0, 0.0, 0.3, -1.0, 2.0, 0.0, -3.0])
+    variance = np.array([0.0, 1e-6, 0.01, 0.3, 1.0, 5.0, 4.0])
+    found = activated(name, mean, variance)
+    kink = 0.2 if name == "relu" else 1e-2  # of which 32 nodes see little
     np.testing.assert_allclose(
-        silu_second_moment(variance), silu_square_by_integration(variance), rtol=2e-3, atol=1e-15
+        found.mean, by_integration(name, mean, variance), rtol=kink, atol=1e-9
     )
-    assert np.isfinite(silu_second_moment(np.array([1e12]))).all()
+    wanted = by_integration(name, mean, variance, lambda value, slope: value**2)
+    np.testing.assert_allclose(found.square, wanted, rtol=kink, atol=1e-9)
+    wanted = by_integration(name, mean, variance, lambda value, slope: slope)
+    np.testing.assert_allclose(found.slope, wanted, rtol=kink, atol=1e-2)
+    far = activated(name, np.array([0.0, -1e3]), np.array([1e12, 1.0]))
+    assert np.isfinite([far.mean, far.square, far.slope]).all()
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_slopes_are_those_of_the_values(name):
+    s = np.array([-30.0, -2.5, -0.3, 0.4, 1.7, 30.0])
+    step = 1e-6
+    f = ACTIVATIONS[name]
+    np.testing.assert_allclose(f(s)[1], (f(s + step)[0] - f(s - step)[0]) / (2 * step), atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "name", ["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu"]
+)
+def test_activations_are_those_of_transformers(name):
+    import torch
+    from transformers.activations import ACT2FN
+
+    s = np.linspace(-6, 6, 200)
+    wanted = ACT2FN[name](torch.from_numpy(s)).numpy()
+    np.testing.assert_allclose(ACTIVATIONS[name](s)[0], wanted, atol=5e-4)
 
 
 def test_a_tensor_that_was_not_shown_is_named():
@@ -217,9 +264,10 @@ def reshaped(name, shape):
 @pytest.mark.parametrize(
     ("config", "change", "reason"),
     [
-        ({"model_type": "bert"}, None, "not known for model type 'bert' yet"),
-        ({"model_type": "gemma"}, None, "not known for model type 'gemma' yet"),
-        ({"hidden_act": "gelu"}, None, "the activation 'gelu'"),
+        ({"model_type": "granite"}, None, "not known for model type 'granite' yet"),
+        ({"model_type": "bert"}, None, "no single stack of layers"),
+        ({"model_type": "gemma2"}, None, "layer 0 has no norm_2"),
+        ({"hidden_act": "mish"}, None, "the activation 'mish'"),
         ({"num_attention_heads": None}, None, "no usable num_attention_heads"),
         ({"num_attention_heads": 5}, None, "no usable num_attention_heads"),
         ({"num_attention_heads": 4}, None, "8 value rows do not fit 4 heads of 6"),
@@ -259,7 +307,9 @@ def test_heads_of_their_own_values():
     config = {k: v for k, v in CONFIG.items() if k != "num_key_value_heads"}
     weights = propagate(tensors, make_moments(config, infos_of(tensors)), cuts=99)
     assert weights["model.layers.0.self_attn.o_proj.weight"].shape == (24,)
-    value = tensors["model.layers.0.self_attn.v_proj.weight"].astype(np.float64) ** 2
-    o = value @ reference(network())["model.layers.0.self_attn.v_proj.weight"]
+    repeated = reference(network())["model.layers.0.self_attn.o_proj.weight"].reshape(
+        2, 3, HEAD_DIM
+    )
     got = weights["model.layers.0.self_attn.o_proj.weight"]
-    np.testing.assert_allclose(got, o / o.mean(), rtol=1e-6)
+    wanted = np.tile(repeated[:, 0].reshape(-1), 3)
+    np.testing.assert_allclose(got, wanted / wanted.mean(), rtol=1e-6)
