@@ -51,9 +51,10 @@ def _check_sketches(
 
 def _check_orphans(manifest: Manifest, stored: Mapping[str, TensorInfo], where: str) -> None:
     files = {tensor for tensor in manifest.files.values() if tensor}
+    records = manifest.sketches.values()
+    parts = {part for r in records for part in (r.index_name, r.lut_name)}
     for name, info in stored.items():
-        stem = name.removesuffix(rules.INDEX_SUFFIX).removesuffix(rules.LUT_SUFFIX)
-        if stem != name and stem + rules.WEIGHT_SUFFIX not in manifest.sketches:
+        if name.endswith(suffixes(manifest.version)) and name not in parts:
             refuse("SKT-069", f"{where}: {name}", "no sketch record of this name")
         if name in manifest.sketches and (info.dtype, info.shape) != ("U8", (1,)):
             refuse("SKT-070", f"{where}: {name}", "stored densely, but also recorded as a sketch")
@@ -91,14 +92,19 @@ def _check_aliases(
         if target in manifest.sketches:
             continue
         plain = target in stored or (partial and target in manifest.digests)
-        if not plain or _internal(target):
+        if not plain or _internal(target, manifest):
             refuse("SKT-086", f"{where}: alias {name}", f"no weight {shown(target)}")
 
 
-def _internal(name: str) -> bool:
-    return name.startswith(rules.RESERVED_PREFIX) or name.endswith(
-        (rules.INDEX_SUFFIX, rules.LUT_SUFFIX)
-    )
+def _internal(name: str, manifest: Manifest) -> bool:
+    """Whether a name is that of an index, a LUT, scales or a file; not of a tensor of the model."""
+    return name.startswith(rules.RESERVED_PREFIX) or name.endswith(suffixes(manifest.version))
+
+
+def suffixes(version: str) -> tuple[str, ...]:
+    """How the tensors of sketches end in a document of that version."""
+    own = (rules.INDEX_SUFFIX, rules.LUT_SUFFIX)
+    return own if version == rules.FORMAT_VERSION else (*own, rules.SCALE_SUFFIX)
 
 
 def _check_files(manifest: Manifest, stored: Mapping[str, TensorInfo], where: str) -> None:

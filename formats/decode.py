@@ -8,8 +8,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from sketchconv.formats import grids
 from sketchconv.formats.container import Container
 from sketchconv.formats.errors import refuse
+from sketchconv.formats.grids import FREE
 from sketchconv.formats.packing import unpack
 from sketchconv.formats.sketches import SketchRecord
 from sketchconv.formats.tensors import F32Array, U8Array, carried_to_f32
@@ -19,15 +21,21 @@ _DECODE_WEIGHTS: Final = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class SketchTensor:
-    """A sketch in memory: indices uint8 `[out, in]`, LUT `[out, G, 2^bits]` in its carrier."""
+    """A sketch in memory: indices uint8 `[out, in]`, LUT `[out, G, 2^bits]` in its carrier.
+
+    Of a shaped sketch `lut` holds scales and minima, `[out, G, fields]`, see `formats.grids`.
+    """
 
     indices: U8Array
     lut: npt.NDArray[Any]
     bits: int
     lut_dtype: str
+    grid: str = FREE
 
     def decode(self) -> F32Array:
         """Return float32 `W[r, c] = lut[r, c // GS, index[r, c]]`, bit-exact."""
+        if self.grid != FREE:
+            return grids.decode(self.indices, self.lut, self.grid, self.bits)
         rows, columns = self.indices.shape
         groups, entries = self.lut.shape[1:]
         lut = carried_to_f32(self.lut, self.lut_dtype).reshape(rows * groups, entries)
@@ -52,4 +60,5 @@ def read_sketch(index: Container, lut: Container, record: SketchRecord) -> Sketc
     except ValueError as error:
         refuse("SKT-071", f"{index.path.name}: {record.index_name}", str(error))
     codes = codes.reshape(record.shape)
-    return SketchTensor(codes, lut.array(record.lut_name), record.bits, record.lut_dtype)
+    table = lut.array(record.lut_name)
+    return SketchTensor(codes, table, record.bits, record.lut_dtype, record.grid)

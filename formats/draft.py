@@ -139,6 +139,10 @@ def file_layout(
         recipe=draft.recipe,
         source={**draft.source, "digest": ZERO_DIGEST},
         tool=draft.tool,
+        # Of the whole draft: all shards have one version (SKT-106).
+        version=rules.SHAPED_VERSION
+        if any(r.shaped for r in draft.sketches)
+        else rules.FORMAT_VERSION,
     )
     manifest.check(where)
     check_tensors(manifest, stored, where)

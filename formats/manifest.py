@@ -111,8 +111,15 @@ class Manifest:
             if not isinstance(value[member], dict):
                 refuse("SKT-051", at, f"{member} must be an object, got {shown(value[member])}")
         _check_free(value, at)
+        version, own = value["version"], at
+        if version not in rules.KNOWN_VERSIONS:
+            own = f"{at} of version {version}, later than this reader's {rules.SHAPED_VERSION}"
+        shaped = version != rules.FORMAT_VERSION
         manifest = cls(
-            sketches={k: SketchRecord.from_value(k, v, at) for k, v in value["sketches"].items()},
+            sketches={
+                k: SketchRecord.from_value(k, v, own, shaped=shaped)
+                for k, v in value["sketches"].items()
+            },
             unknown={k: v for k, v in value.items() if k not in MEMBERS},
             **{k: value[k] for k in MEMBERS - {"seal", "sketches"}},
         )
@@ -123,12 +130,14 @@ class Manifest:
         """Check what the document must fulfil by itself, without the tensors.
 
         Raises:
-            FormatError: SKT-060 to SKT-066, SKT-075, SKT-080, SKT-082, SKT-085, SKT-090 to
-                SKT-093.
+            FormatError: SKT-060 to SKT-066, SKT-073, SKT-075, SKT-080, SKT-082, SKT-085, SKT-090
+                to SKT-093.
         """
         at = f"{where}: document"
         for record in self.sketches.values():
             record.check(at)
+            if record.shaped and self.version == rules.FORMAT_VERSION:
+                refuse("SKT-061", at, f"{shown(record.name)}: no grid in version {self.version}")
         for name, digest in self.digests.items():
             if not isinstance(digest, str) or not _HEX.fullmatch(digest):
                 refuse("SKT-080", f"{at}: digest of {shown(name)}", f"bad digest {shown(digest)}")
@@ -163,7 +172,7 @@ def _check_identity(value: dict[str, Any], at: str) -> None:
     if found is None or int(found[1]) != rules.FORMAT_MAJOR:
         refuse("SKT-052", at, f"version {shown(version)}; this reader knows {rules.FORMAT_MAJOR}.x")
     missing, unknown = sorted(MEMBERS - value.keys()), sorted(value.keys() - MEMBERS)
-    if missing or (unknown and version == rules.FORMAT_VERSION):
+    if missing or (unknown and version in rules.KNOWN_VERSIONS):
         refuse("SKT-051", at, f"members missing: {shown(missing)}, unknown: {shown(unknown)}")
     if value["kind"] != rules.KIND_MODEL:
         refuse("SKT-053", at, f"unknown kind {shown(value['kind'])}")

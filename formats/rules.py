@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 FORMAT_VERSION: Final = "1.0"
+SHAPED_VERSION: Final = "1.1"
+KNOWN_VERSIONS: Final = (FORMAT_VERSION, SHAPED_VERSION)
 FORMAT_MAJOR: Final = 1
 KIND_MODEL: Final = "model"
 PACKING: Final = "planes-le"
@@ -13,6 +15,7 @@ RESERVED_PREFIX: Final = "sktch."
 FILE_PREFIX: Final = "sktch.file."
 INDEX_SUFFIX: Final = ".sketch_index"
 LUT_SUFFIX: Final = ".sketch_lut"
+SCALE_SUFFIX: Final = ".sketch_scale"
 WEIGHT_SUFFIX: Final = ".weight"
 
 LENGTH_BYTES: Final = 8

@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sketchconv.formats import rules
+from sketchconv.formats.coverage import suffixes
 from sketchconv.formats.digest import tensor_hash
 from sketchconv.formats.errors import FormatError
 from sketchconv.formats.folder import CONFIG_NAME
 from sketchconv.formats.header import canonical_header, data_order
+from sketchconv.formats.manifest import Manifest
 from sketchconv.formats.packing import nonzero_padding
 from sketchconv.formats.reader import SktchFile, SktchModel
 from sketchconv.formats.sketches import SketchRecord
@@ -108,8 +110,7 @@ def _check_header(shard: SktchFile, name: str, model: SktchModel) -> Iterator[Fi
 def _check_tensor(model: SktchModel, shard: SktchFile, file: str, tensor: str) -> Iterator[Finding]:
     info, where = model.tensors[tensor], f"{file}: {tensor}"
     manifest = model.manifest
-    stem = tensor.removesuffix(rules.INDEX_SUFFIX).removesuffix(rules.LUT_SUFFIX)
-    record = manifest.sketches.get(stem + rules.WEIGHT_SUFFIX) if stem != tensor else None
+    record = _record_of(tensor, manifest)
     running, bad = tensor_hash(info), _Bad()
     unit = record.index_info.shape[2] if record is not None else 1
     step = max(_CHUNK // unit // 8 * 8, 8) * unit
@@ -130,7 +131,15 @@ def _check_tensor(model: SktchModel, shard: SktchFile, file: str, tensor: str) -
     if bad.padding:
         yield Finding("SKT-071", where, f"{bad.padding} planes have padding bits that are not zero")
     if bad.nonfinite:
-        yield Finding("SKT-072", where, f"{bad.nonfinite} LUT entries are not finite")
+        yield Finding("SKT-072", where, f"{bad.nonfinite} LUT entries or scales are not finite")
+
+
+def _record_of(tensor: str, manifest: Manifest) -> SketchRecord | None:
+    """The record of the sketch that a stored tensor belongs to."""
+    for suffix in suffixes(manifest.version):
+        if tensor.endswith(suffix):
+            return manifest.sketches.get(tensor.removesuffix(suffix) + rules.WEIGHT_SUFFIX)
+    return None
 
 
 @dataclass

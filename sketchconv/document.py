@@ -93,6 +93,9 @@ def with_config(
         "groups": None if spec.group_size is not None else spec.groups,
         "group_size": spec.group_size,
     }
+    if spec.grid != "free":
+        size = spec.group_size or 32
+        quantization.update(format="1.1", grid=spec.grid, groups=None, group_size=size)
     merged = {**config, "quantization_config": quantization}
     text = json.dumps(merged, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return {**files, "config.json": text.encode("utf-8")}

@@ -117,6 +117,7 @@ def prepare(
         config = source.config()
         model = map_model(config, source.infos)
         plan = make_plan(source.infos, model, recipe, equal_tensors=equal_ties(source, model))
+        _check_shaped(plan, calibration)
         moments = _moments(source, config, recipe, calibration)
         draft = make_draft(source, plan, recipe, moments, calibration)
         files = with_config(source.files(), with_dtype(config, source), recipe)
@@ -198,6 +199,23 @@ def _moments(
         return equal_weights(f"method {calibration.method} has none")
     weighting = recipe.weighting_for(calibrated=calibration is not None)
     return make_moments(config, source.infos, weighting)
+
+
+def _check_shaped(plan: Plan, calibration: Calibration | None) -> None:
+    """Refuse what fits or trains LUTs that a shaped sketch has not."""
+    shaped = next((record for record in plan.sketches if record.shaped), None)
+    if calibration is None or shaped is None:
+        return
+    if calibration.method in ("kmeans", "leanquant"):
+        raise RecipeError(
+            f"method {calibration.method} makes free LUTs, and {shaped.name} has grid "
+            f"{shaped.grid}; choose --method sketch, gptq or rtn, or --grid free"
+        )
+    if calibration.recovery_tokens(plan.steps):
+        raise RecipeError(
+            f"--recover trains LUTs, and {shaped.name} has scales of grid {shaped.grid}; pass "
+            "--recover 0, or --grid free"
+        )
 
 
 def _check_calibration(calibration: Calibration, recipe: Recipe) -> None:

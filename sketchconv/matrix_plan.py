@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from sketchconv.architecture import ModelMap
+from sketchconv.errors import PlanError
 from sketchconv.formats.tensors import TensorInfo
 from sketchconv.plan import Step
 from sketchconv.sources.forms import Forms, expanded, turned
@@ -32,8 +33,12 @@ def as_stored(
 
     Returns:
         The steps, and the forms of the matrices that are sketched.
+
+    Raises:
+        PlanError: a transposed weight is to have a shaped sketch.
     """
     settled = _together(steps, model)
+    _refuse_shaped(settled, model)
     sketched = {step.name for step in settled if step.action == "sketch"}
     forms = Forms(
         frozenset(name for name in model.transposed if name in sketched),
@@ -48,6 +53,15 @@ def as_stored(
         if tensor not in found:
             found[tensor] = step if step.action == "sketch" else _own_form(step, infos[tensor])
     return tuple(found.values()), forms
+
+
+def _refuse_shaped(steps: Sequence[Step], model: ModelMap) -> None:
+    for step in steps:
+        if step.record is not None and step.record.shaped and step.name in model.transposed:
+            raise PlanError(
+                f"{step.name}: weights that the source stores transposed have no shaped sketches "
+                "yet; use grid free"
+            )
 
 
 def _parts(model: ModelMap, tensor: str) -> list[str]:

@@ -129,12 +129,16 @@ class _Planner:
             bits=spec.bits,
             groups=groups,
             lut_dtype=spec.lut_dtype,
+            grid=spec.grid,
         )
         nbytes = record.index_info.nbytes + record.lut_info.nbytes
         if nbytes >= info.nbytes:
             reason = f"a sketch would not be smaller: {nbytes:,} bytes for {info.nbytes:,}"
             return _copy(info, role, reason)
+        if record.shaped and role == "embedding":
+            raise PlanError(f"{info.name}: embeddings have no shaped sketches yet; use grid free")
         reason = f"{spec.bits} bits, {groups} group{'s' if groups > 1 else ''} per row"
+        reason += f", grid {spec.grid}" if record.shaped else ""
         return Step(info, "sketch", reason, role, record=record, nbytes=nbytes)
 
 
@@ -163,11 +167,8 @@ def _check_storable(steps: Sequence[Step]) -> None:
 
 def _indivisible_message(found: Sequence[tuple[str, int, SketchSpec]]) -> str:
     name, columns, spec = found[0]
-    asked = (
-        f"groups of {spec.group_size} columns"
-        if spec.group_size is not None
-        else f"{spec.groups} groups per row"
-    )
+    size = spec.group_size or (32 if spec.grid != "free" else None)
+    asked = f"groups of {size} columns" if size else f"{spec.groups} groups per row"
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return (
         f"{name}{more}: {asked} do not divide its rows of {columns} columns; "
@@ -208,7 +209,7 @@ def _notes(steps: Sequence[Step]) -> list[str]:
         records = [s.record for s in steps if s.role == role and s.record is not None]
         luts = sum(r.lut_info.nbytes for r in records)
         total = luts + sum(r.index_info.nbytes for r in records)
-        if records and 3 * luts > total:
+        if any(not r.shaped for r in records) and 3 * luts > total:
             weights = sum(math.prod(r.shape) for r in records)
             notes.append(
                 f"{role}: LUTs take {luts:,} of {total:,} bytes "

@@ -13,6 +13,7 @@ from sketchconv.errors import RecipeError
 Action = Literal["sketch", "copy"]
 Weighting = Literal["covariances", "moments", "equal"]
 LutDtype = Literal["F16", "BF16", "F32"]
+GridName = Literal["free", "iq4_nl", "affine", "symmetric"]
 
 
 # Bits up to which columns alone do not do: 3-bit SmolLM2-135M without data has a perplexity of 92
@@ -50,12 +51,16 @@ class SketchSpec:
         groups: groups per row (GPR in the paper); ignored when `group_size` is given.
         group_size: columns per group; must divide the row.
         lut_dtype: dtype of the stored LUT entries.
+        grid: ``"free"``: LUTs of any entries. Else fixed levels times a scale (and plus a minimum,
+            ``"affine"``) per 32 columns, or a multiple of that as `group_size`: the blocks of a
+            GGUF type.
     """
 
     bits: int = 4
     groups: int = 1
     group_size: int | None = None
     lut_dtype: LutDtype = "F16"
+    grid: GridName = "free"
 
     def __post_init__(self) -> None:
         _check_int("bits", self.bits, 1, 8)
@@ -63,9 +68,30 @@ class SketchSpec:
         if self.group_size is not None:
             _check_int("group_size", self.group_size, 1, None)
         _check_choice("lut_dtype", self.lut_dtype, get_args(LutDtype))
+        _check_choice("grid", self.grid, get_args(GridName))
+        if self.grid != "free":
+            self._check_grid()
+
+    def _check_grid(self) -> None:
+        from sketchconv.formats.grids import COLUMNS, GRIDS
+
+        known, size = GRIDS[self.grid].bits, self.group_size
+        if self.bits not in known:
+            widths = " or ".join(map(str, known))
+            raise RecipeError(f"grid {self.grid} has {widths} bits, got {self.bits}")
+        if self.groups != 1 or (size is not None and size % COLUMNS):
+            asked = f"{self.groups} groups" if size is None else f"groups of {size} columns"
+            raise RecipeError(
+                f"grid {self.grid} has groups of {COLUMNS} columns, or of a multiple given as "
+                f"group_size; got {asked}"
+            )
+        if self.lut_dtype != "F16":
+            raise RecipeError(f"grid {self.grid} has F16 scales, got lut_dtype {self.lut_dtype}")
 
     def groups_for(self, columns: int) -> int | None:
         """Groups per row for rows of `columns` weights, or None if they do not divide evenly."""
+        if self.grid != "free" and self.group_size is None:
+            return dataclasses.replace(self, group_size=32).groups_for(columns)
         if self.group_size is not None:
             return columns // self.group_size if columns % self.group_size == 0 else None
         return self.groups if columns % self.groups == 0 else None
@@ -81,6 +107,7 @@ class Override:
     groups: int | None = None
     group_size: int | None = None
     lut_dtype: LutDtype | None = None
+    grid: GridName | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str) or not self.match:
@@ -91,14 +118,19 @@ class Override:
             _check_choice("action", self.action, get_args(Action))
         if self.groups is not None and self.group_size is not None:
             raise RecipeError(f"override {self.match!r}: give groups or group_size, not both")
-        self.applied(SketchSpec())
+        self.applied(SketchSpec(bits=4 if self.bits is None else self.bits))
 
     def applied(self, spec: SketchSpec) -> SketchSpec:
         """The spec with this override's settings in place of its own."""
-        fields = ("bits", "groups", "group_size", "lut_dtype")
+        fields = ("bits", "groups", "group_size", "lut_dtype", "grid")
         changes = {f: getattr(self, f) for f in fields if getattr(self, f) is not None}
         if self.groups is not None:
             changes["group_size"] = None
+        elif self.group_size is not None:
+            changes["groups"] = 1
+        if self.grid is not None and self.grid != spec.grid:
+            # Groups of one kind of LUT mean nothing to the other.
+            changes = {"groups": 1, "group_size": None, **changes}
         return dataclasses.replace(spec, **changes)
 
 
@@ -147,8 +179,10 @@ class Recipe:
         return next((o for o in reversed(self.overrides) if matches(o.match, name)), None)
 
     def spec_for(self, name: str, *, embedding: bool) -> SketchSpec:
-        """The spec of one weight; embeddings and heads start from `embed_bits`."""
+        """The spec of one weight; embeddings and heads start from `embed_bits`, with free LUTs."""
         spec = self.default
+        if embedding and spec.grid != "free":
+            spec = SketchSpec(bits=spec.bits)
         if embedding and self.embed_bits is not None:
             spec = dataclasses.replace(spec, bits=self.embed_bits)
         override = self.override_for(name)
@@ -164,6 +198,8 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values, for a sketch's metadata."""
         values: dict[str, Any] = _plain(dataclasses.asdict(self))
+        if self.default.grid == "free":
+            del values["default"]["grid"]
         return values
 
 

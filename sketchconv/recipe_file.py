@@ -57,7 +57,7 @@ def _merge(recipe: Recipe, table: Mapping[str, Any]) -> Recipe:
         if key in table:
             changes[key] = _patterns(key, table[key])
     if "default" in table:
-        spec_keys = {"bits", "groups", "group_size", "lut_dtype"}
+        spec_keys = {"bits", "groups", "group_size", "lut_dtype", "grid"}
         _check_keys("[default]", _table("[default]", table["default"]), spec_keys)
         if {"groups", "group_size"} <= set(table["default"]):
             raise RecipeError("[default]: give groups or group_size, not both")

@@ -28,7 +28,8 @@ class SketchedRows:
 
     Attributes:
         packed: uint8 ``[rows, G, bytes]``.
-        lut: ``[rows, G, 2**bits]``; float16, uint16 (BF16) or float32.
+        lut: ``[rows, G, 2**bits]``; float16, uint16 (BF16) or float32. Of shaped sketches the
+            scales and minima, float16 ``[rows, G, fields]``.
         squared_error: float64 ``[rows]``, unweighted ``sum_c (w - decoded)**2``.
         squared_norm: float64 ``[rows]``, ``sum_c w**2``.
     """
@@ -101,6 +102,7 @@ def method_rows(
             column_weights=None if column_weights is None else torch.from_numpy(column_weights),
             threads=threads,
             factors=factors,
+            grid=record.grid,
         )
     except LutRangeError as error:
         raise WeightError(f"{record.name}: {error}; try --lut-dtype BF16 or F32") from None
@@ -119,6 +121,11 @@ def finished_rows(
     from sketchconv.formats.packing import unpack
 
     index, lut = finished.rows(record, chunk.begin, chunk.end)
+    if record.shaped:
+        from sketchconv.shaping import finished_errors
+
+        errors, norms = finished_errors(record, index.numpy(), lut.numpy(), rows)
+        return SketchedRows(index.numpy(), lut.numpy(), errors, norms)
     packed = index.numpy()
     error, norm = np.empty(len(rows)), np.empty(len(rows))
     for begin in range(0, len(rows), _ROWS):

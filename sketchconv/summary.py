@@ -140,7 +140,7 @@ def _sketch(path: Path) -> Summary:
         TensorRow(
             record.name,
             "sketch",
-            record.lut_dtype,
+            record.grid if record.shaped else record.lut_dtype,
             record.shape,
             record.index_info.nbytes + record.lut_info.nbytes,
             record.bits,

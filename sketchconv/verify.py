@@ -200,8 +200,8 @@ def _decoded(
 
     codes = unpack(part(record.index_info), record.bits, record.group_size)
     lut = part(record.lut_info)
-    rows = SketchTensor(codes.reshape(end - begin, -1), lut, record.bits, record.lut_dtype)
-    return rows.decode()
+    codes = codes.reshape(end - begin, -1)
+    return SketchTensor(codes, lut, record.bits, record.lut_dtype, record.grid).decode()
 
 
 def _compare_copies(model: SktchModel, source: Source) -> Iterator[Finding]:

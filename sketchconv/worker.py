@@ -187,6 +187,10 @@ class Worker:
 
             given = self._factors, self._column_weights
             return method_rows(record, rows, WITHOUT_DATA, *given, threads=self.threads)
+        if record.shaped:
+            from sketchconv.shaping import shaped_rows
+
+            return shaped_rows(chunk, record, rows, self._column_weights, threads=self.threads)
         weights, exact = self._column_weights, self.job.recipe.exact
         return fitted_rows(chunk, record, rows, weights, exact=exact, threads=self.threads)
 

@@ -18,6 +18,9 @@ from pathlib import Path
 
 SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 SIZES |= {"I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+CODEBOOK = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+GRIDS = {"affine": {4, 5}, "iq4_nl": {4}, "symmetric": {4, 5, 8}}
+RECORD = {"bits", "dtype", "groups", "lut", "shape"}
 PLANES = {1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}
 MAX_HEADER = 67108864
 
@@ -110,16 +113,20 @@ class File:
         yield from rows[begin:end]
 
     def sketch_row(self, stem, record, row):
-        """Section 4: W[r, c] = lut[r, c // GS, index[r, c]]."""
-        bits, groups = record["bits"], record["groups"]
+        """Section 4: W[r, c] = lut[r, c // GS, index[r, c]]; 4.2 for a shaped sketch."""
+        bits, groups, grid = record["bits"], record["groups"], record.get("grid")
         size = record["shape"][1] // groups
         packed = sum(-(-size * width // 8) for width in PLANES[bits]) * groups
-        table = 2**bits * SIZES[record["lut"]] * groups
+        stored = {None: 2**bits, "affine": 2}.get(grid, 1)
+        table = stored * SIZES[record["lut"]] * groups
         index = self.read(stem + ".sketch_index", row * packed, (row + 1) * packed)
-        lut = floats(self.read(stem + ".sketch_lut", row * table, (row + 1) * table), record["lut"])
+        name = stem + (".sketch_lut" if grid is None else ".sketch_scale")
+        lut = floats(self.read(name, row * table, (row + 1) * table), record["lut"])
         out, step = array("f"), packed // groups
         for g in range(groups):
-            entries = lut[g * 2**bits : (g + 1) * 2**bits]
+            entries = lut[g * stored : (g + 1) * stored]
+            if grid is not None:
+                entries = shaped(grid, bits, *entries)
             codes = unpack(index[g * step : (g + 1) * step], bits, size)
             out.extend([entries[code] for code in codes])
         return out
@@ -131,10 +138,32 @@ def check_document(document, text):
         raise DecodeError(f"version {document['version']} [SKT-052]")
     if document["kind"] != "model" or document["packing"] != "planes-le":
         raise DecodeError("unknown kind or packing [SKT-053, SKT-054]")
+    known = RECORD if document["version"] == "1.0" else RECORD | {"grid"}
+    for name, record in document["sketches"].items():
+        if not RECORD <= set(record) <= known:
+            raise DecodeError(f"{name}: members {sorted(record)} [SKT-061]")
+        if record.get("grid", "affine") not in GRIDS:
+            raise DecodeError(f"{name}: unknown grid {record['grid']} [SKT-073]")
+        if "grid" in record and (record["lut"], record["bits"] in GRIDS[record["grid"]]) != (
+            "F16",
+            True,
+        ):
+            raise DecodeError(f"{name}: no such shape [SKT-073]")
     # Only the root's member can stand there as an unescaped key with this very value.
     blank = text.replace(f'"seal":"{document["seal"]}"', f'"seal":"{"0" * 64}"')
     if hashlib.sha256(blank.encode()).hexdigest() != document["seal"]:
         raise DecodeError("the document does not match its seal [SKT-055]")
+
+
+def shaped(grid, bits, scale, minimum=None):
+    """Section 4.2: the LUT of a group. In doubles all is exact; `array` rounds the sum once."""
+    if grid == "iq4_nl":
+        levels = CODEBOOK
+    else:
+        first = 0 if grid == "affine" else -(2 ** (bits - 1))
+        levels = range(first, first + 2**bits)
+    lut = [scale * float(level) for level in levels]
+    return lut if minimum is None else [entry + minimum for entry in lut]
 
 
 def unpack(group, bits, count):

@@ -11,13 +11,26 @@ import sys
 from pathlib import Path
 
 from vectorlib.broken_container import broken_bytes, broken_json, broken_metadata, broken_tensors
-from vectorlib.broken_document import broken_document, broken_rest, broken_sketches
+from vectorlib.broken_document import (
+    broken_document,
+    broken_rest,
+    broken_shaped,
+    broken_sketches,
+)
 from vectorlib.broken_forms import broken_files, broken_folders
 from vectorlib.material import model, with_files
 from vectorlib.plain import build
-from vectorlib.valid import CONFIG, expected, folders, valid_documents, valid_plain, valid_sketches
+from vectorlib.valid import (
+    CONFIG,
+    expected,
+    folders,
+    valid_documents,
+    valid_plain,
+    valid_shaped,
+    valid_sketches,
+)
 
-VALID = (valid_plain, valid_sketches, valid_documents)
+VALID = (valid_plain, valid_sketches, valid_shaped, valid_documents)
 BROKEN = (
     broken_bytes,
     broken_json,
@@ -25,6 +38,7 @@ BROKEN = (
     broken_metadata,
     broken_document,
     broken_sketches,
+    broken_shaped,
     broken_rest,
     broken_files,
 )

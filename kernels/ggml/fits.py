@@ -59,7 +59,44 @@ def fit_affine(x: Any, weights: Any, codes: Any, fields: Any, begin: int, end: i
         spill(tile, codes, fields, number)
 
 
+@jit
+def fit_affine_5(x: Any, weights: Any, codes: Any, fields: Any, begin: int, end: int) -> None:
+    """Whole numbers from 0 to 31 times a scale, plus a minimum."""
+    tile = make_tile(x.shape[1])
+    for number in range(begin, end):
+        fill(tile, x, weights, number)
+        search_grid(tile.x, tile.weights, tile.codes, tile.fields, x.shape[1], "affine_5")
+        spill(tile, codes, fields, number)
+
+
+@jit
+def fit_symmetric_5(x: Any, weights: Any, codes: Any, fields: Any, begin: int, end: int) -> None:
+    """Whole numbers from -16 to 15 times a scale."""
+    tile = make_tile(x.shape[1])
+    for number in range(begin, end):
+        fill(tile, x, weights, number)
+        search_grid(tile.x, tile.weights, tile.codes, tile.fields, x.shape[1], "symmetric_5")
+        spill(tile, codes, fields, number)
+
+
+@jit
+def fit_symmetric_8(x: Any, weights: Any, codes: Any, fields: Any, begin: int, end: int) -> None:
+    """Whole numbers from -127 to 127 times a scale; signed codes."""
+    tile = make_tile(x.shape[1])
+    for number in range(begin, end):
+        fill(tile, x, weights, number)
+        search_grid(tile.x, tile.weights, tile.codes, tile.fields, x.shape[1], "symmetric_8")
+        spill(tile, codes, fields, number)
+
+
 FITS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
-    {"iq4_nl": fit_iq4_nl, "affine": fit_affine, "symmetric": fit_symmetric}
+    {
+        "iq4_nl": fit_iq4_nl,
+        "affine": fit_affine,
+        "affine_5": fit_affine_5,
+        "symmetric": fit_symmetric,
+        "symmetric_5": fit_symmetric_5,
+        "symmetric_8": fit_symmetric_8,
+    }
 )
 """The fit of every grid."""

@@ -133,6 +133,7 @@ PLANS: Final[Mapping[str, Plan]] = MappingProxyType(
 """The search of every kind."""
 
 _SPREADS = (0.23, 0.29, 0.34, 0.4, 0.47, 0.56, 0.7)
+_FIVE_SPREADS = (0.11, 0.15, 0.19, 0.24, 0.3, 0.38, 0.5)
 _CODEBOOK_SPREADS = (0.0135, 0.018, 0.0225, 0.0275, 0.0325, 0.0425, 0.05)
 
 GRIDS: Final[Mapping[str, Plan]] = MappingProxyType(
@@ -154,6 +155,23 @@ GRIDS: Final[Mapping[str, Plan]] = MappingProxyType(
             spreads=(*_SPREADS, *(-k for k in _SPREADS)),
         ),
         "affine": AffinePlan(32, 15, _FOUR, 2, 3, spreads=_SPREADS),
+        "affine_5": AffinePlan(32, 31, _FIVE, 2, 3, spreads=_FIVE_SPREADS),
+        "symmetric_5": ScalePlan(
+            32,
+            Whole(-16, 15),
+            _levels(-16, 1, 1.015, 0.94, 1.06, 0.88, 0.99, 1.13, 0.82, 1.03, 0.96, 0.92),
+            2,
+            3,
+            spreads=(*_FIVE_SPREADS, *(-k for k in _FIVE_SPREADS)),
+        ),
+        # Not -128, as in Q8_0. So many levels need no start from the spread.
+        "symmetric_8": ScalePlan(
+            32,
+            Whole(-127, 127, signed=True),
+            _levels(-127, 1, 0.9845, 0.968, 0.9915, 0.96, 0.9765, 1.0045, 0.998),
+            2,
+            2,
+        ),
     }
 )
 """The searches of shaped LUTs, whose groups may have any number of columns."""

@@ -1,4 +1,4 @@
-"""Shaped LUTs: a fixed codebook of 16 levels times a scale, plus a minimum, per group of columns.
+"""Shaped LUTs: a fixed codebook times a scale, plus a minimum, per group of columns.
 
 The LUT of a group is ``scale * level + minimum``, with the levels of a block type of ggml, so that
 the codes and scales of a sketch are those of the blocks: packing them loses nothing.
@@ -20,6 +20,8 @@ from sketchconv.kernels.threads import for_spans
 
 F16 = NDArray[np.float16]
 BLOCK = 32
+# Codes of 8 bits count from the lowest level, -128; the blocks hold signed numbers.
+_SIGN = np.uint8(128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +37,25 @@ GRIDS: Final[Mapping[str, Grid]] = MappingProxyType(
     {
         "iq4_nl": Grid("IQ4_NL", tuple(map(float, CODEBOOK)), False),
         "affine": Grid("Q4_1", tuple(map(float, range(16))), True),
+        "affine_5": Grid("Q5_1", tuple(map(float, range(32))), True),
         "symmetric": Grid("Q4_0", tuple(map(float, range(-8, 8))), False),
+        "symmetric_5": Grid("Q5_0", tuple(map(float, range(-16, 16))), False),
+        "symmetric_8": Grid("Q8_0", tuple(map(float, range(-128, 128))), False),
     }
 )
-"""Every grid by its name."""
+"""Every grid by its name; with the bits behind it, unless they are 4."""
+
+
+def key_of(grid: str, bits: int) -> str:
+    """The key in `GRIDS` of a grid for codes of so many bits.
+
+    Raises:
+        ValueError: there is none.
+    """
+    key = grid if bits == 4 else f"{grid}_{bits}"
+    if ("_" in grid and grid != "iq4_nl") or key not in GRIDS:
+        raise ValueError(f"no grid {grid!r} of {bits} bits")
+    return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +137,8 @@ def pack(shaped: Shaped, grid: str) -> U8:
         for field in (shaped.scale, shaped.minimum)
         if field is not None
     ]
-    packed = plain.PACKERS[known.name](shaped.codes.reshape(-1, BLOCK), *stored)
+    codes = shaped.codes ^ _SIGN if known.name == "Q8_0" else shaped.codes
+    packed = plain.PACKERS[known.name](codes.reshape(-1, BLOCK), *stored)
     return packed.reshape(rows, columns // BLOCK * known.nbytes)
 
 
@@ -146,10 +164,20 @@ def unpack(data: U8, grid: str, columns: int) -> Shaped:
     parts = np.ascontiguousarray(data).reshape(-1, known.nbytes)
     count = 2 if GRIDS[grid].has_minimum else 1
     halves = np.ascontiguousarray(parts[:, : 2 * count]).view("<f2").astype(np.float16)
-    low, high = parts[:, 2 * count :] & np.uint8(15), parts[:, 2 * count :] >> np.uint8(4)
-    codes = np.concatenate([low, high], axis=1).reshape(len(data), columns)
+    codes = _codes(parts[:, 2 * count :], known.name).reshape(len(data), columns)
     scale, *minimum = (halves[:, i].reshape(len(data), -1).copy() for i in range(count))
     return Shaped(codes, scale, minimum[0] if minimum else None)
+
+
+def _codes(parts: U8, kind: str) -> U8:
+    """Codes ``[n, 32]`` of what follows the scales in each block."""
+    if kind == "Q8_0":
+        return parts ^ _SIGN
+    nibbles = parts[:, -BLOCK // 2 :]
+    codes = np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], axis=1)
+    if kind in ("Q5_0", "Q5_1"):
+        codes |= np.unpackbits(parts[:, :4], axis=1, bitorder="little") << np.uint8(4)
+    return codes
 
 
 def _known(grid: str) -> Grid:
@@ -171,4 +199,5 @@ def _prepared(rows: Any, grid: str, group: int, weights: F32 | None) -> tuple[F3
 def _shaped(grid: str, rows: F32, codes: U8, fields: F32) -> Shaped:
     halves = fields.astype(np.float16).reshape(2 if len(fields) > 1 else 1, len(rows), -1)
     minimum = halves[1] if GRIDS[grid].has_minimum else None
-    return Shaped(np.ascontiguousarray(codes).reshape(rows.shape), halves[0], minimum)
+    codes = np.ascontiguousarray(codes).reshape(rows.shape)
+    return Shaped(codes ^ _SIGN if grid == "symmetric_8" else codes, halves[0], minimum)

@@ -14,6 +14,7 @@ from sketchconv.calibration.fallback import put_fallback
 from sketchconv.calibration.gather import Sums
 from sketchconv.calibration.linears import put_rows
 from sketchconv.calibration.mixtures import in_passes, same_routes, with_siblings
+from sketchconv.calibration.shaped import luts_of
 from sketchconv.calibration.solve import Solution, solve
 from sketchconv.calibration.stages import Group, Stage, find_stages
 from sketchconv.calibration.state import WeightResult
@@ -150,7 +151,7 @@ def _solve_group(
         record = work.targets[path]
         # A weight that writes into the residual stream has a target of its own.
         alone = path if path in group.residual else None
-        key = (record.bits, record.groups, record.lut_dtype, alone)
+        key = (record.bits, record.groups, record.lut_dtype, record.grid, alone)
         together.setdefault(key, []).append(Target(path, record))
     for targets in together.values():
         statistics = sums.statistics(residual=targets[0].path in group.residual)
@@ -173,6 +174,7 @@ def _solve(
             method,
             statistics,
             threads=threads,
+            grid=record.grid,
         )
     except LutRangeError as error:
         raise WeightError(
@@ -230,12 +232,14 @@ def put_decoded(block: nn.Module, target: Target, indices: Tensor, lut: Tensor) 
         block: that the target is in.
         target: the module.
         indices: uint8 ``[out, in]``.
-        lut: ``[out, G, 2**bits]``.
+        lut: ``[out, G, 2**bits]``, or the scales of a shaped sketch.
     """
     module = block.get_submodule(target.path)
     with torch.no_grad():
         for begin in range(0, len(indices), _ROWS):
             part = lut[begin : begin + _ROWS].float()
+            if target.record.shaped:
+                part = luts_of(part, target.record.grid, target.record.bits)
             codes = indices[begin : begin + _ROWS].view(len(part), part.shape[1], -1).long()
             rows = part.gather(2, codes).view(len(part), -1)
             put_rows(module, begin, rows)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sketchconv.calibration.rows import errors
-from sketchconv.calibration.spans import Request, fit, one_thread
+from sketchconv.calibration.spans import Request, fit, one_thread, opened
 from sketchconv.kernels.cpu import LutRangeError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _score(
     with one_thread(sample):
         factor = factors.factor(damping, act_order=request.method.act_order)
     groups = factor.order // (sample.shape[1] // request.groups)
-    found = _fit_sample(sample, rows, request, factor)
+    found = opened(_fit_sample(sample, rows, request, factor), request)
     ruler = judge[factor.order][:, factor.order]
     with one_thread(sample):
         return float(errors(sample[:, factor.order], found, groups, ruler).sum())

@@ -95,7 +95,7 @@ def fingerprint(job: Job, setting: Setting, rebuilt: int = 0) -> dict[str, Any]:
         "versions": [__version__, torch.__version__, transformers.__version__],
         "tensors": [[i.name, i.dtype, list(i.shape)] for i in source.infos.values()],
         "config": source.config(),
-        "sketches": [[r.name, *r.shape, r.bits, r.groups, r.lut_dtype] for r in records],
+        "sketches": [[r.name, *r.shape, r.bits, r.groups, r.lut_dtype, r.grid] for r in records],
         "method": repr(setting.method),
         "text": _digest(windows),
         "seq_len": windows.shape[1],

@@ -13,7 +13,7 @@ from sketchconv.calibration.factors import Factors
 from sketchconv.calibration.grids import LUT_DTYPES
 from sketchconv.calibration.methods import needs_statistics, ridge_at
 from sketchconv.calibration.rows import Fit, errors
-from sketchconv.calibration.spans import Request, fit, fit_plain, one_thread, spread
+from sketchconv.calibration.spans import Request, fit, fit_plain, one_thread, opened, spread
 from sketchconv.calibration.targets import target
 from sketchconv.errors import RecipeError, WeightError
 from sketchconv.kernels.tables import decode
@@ -34,7 +34,8 @@ class Solution:
 
     Attributes:
         indices: uint8 ``[out, in]``, unpacked, on the CPU.
-        lut: ``[out, groups, 2**bits]`` in the LUT's dtype, ascending, on the CPU.
+        lut: ``[out, groups, 2**bits]`` in the LUT's dtype, ascending, on the CPU; of a shaped
+            sketch scales and minima, float16 ``[out, groups, fields]``.
         squared_error: float64 ``[out]``, unweighted ``sum (w - decoded)**2``.
         squared_norm: float64 ``[out]``, ``sum w**2``.
         error: ``||(T - Q) X||^2 / ||T X||^2`` on held-out tokens, or else on the calibration
@@ -55,7 +56,7 @@ class Solution:
 def solve(
     weight: Tensor, bits: int, groups: int, lut_dtype: str, method: Method,
     statistics: Statistics | None = None, *, column_weights: Tensor | None = None,
-    threads: int | None = None, factors: Factors | None = None,
+    threads: int | None = None, factors: Factors | None = None, grid: str = "free",
 ) -> Solution:  # fmt: skip
     """Sketch one weight.
 
@@ -72,6 +73,7 @@ def solve(
         threads: None: all cores. The result does not depend on it.
         factors: of the same statistics, on the weight's device, shared between weights with the
             same inputs.
+        grid: "free", or the shape of the LUTs; then `lut_dtype` is that of the scales, "F16".
 
     Raises:
         StatisticsError: NaN in the statistics, wrong shapes, or no Hessian at all.
@@ -80,11 +82,11 @@ def solve(
         LutRangeError: an entry is beyond the range of `lut_dtype`.
     """
     _check(weight, bits, groups, lut_dtype)
-    request = Request(bits, groups, lut_dtype, method, threads)
+    request = Request(bits, groups, lut_dtype, method, threads, grid)
     if not needs_statistics(method):
         found = fit_plain(weight, request, column_weights)
         order = torch.arange(weight.shape[1], device=weight.device)
-        return _solution(weight, found, order, None, None, ())
+        return _solution(weight, found, request, order, None, None, ())
     if statistics is None:
         raise WeightError(f"method {method.name} needs statistics of the weight's inputs, got none")
     if factors is None:
@@ -97,7 +99,7 @@ def solve(
     found = fit(goal, request, factor, factors.statistics.held_out, column_weights)
     error = _relative_error(goal, found, request, factor, factors.statistics)
     notes = _notes(factor, damping)
-    return _solution(weight, found, factor.order, error, factor.damping, notes)
+    return _solution(weight, found, request, factor.order, error, factor.damping, notes)
 
 
 def _check(weight: Tensor, bits: int, groups: int, lut_dtype: str) -> None:
@@ -147,7 +149,8 @@ def _relative_error(
 
     def work(begin: int, end: int) -> tuple[float, float]:
         part = goal[begin:end][:, factor.order]
-        lost = errors(part, Fit(found.codes[begin:end], found.lut[begin:end]), columns, ruler)
+        own = opened(Fit(found.codes[begin:end], found.lut[begin:end]), request)
+        lost = errors(part, own, columns, ruler)
         kept = (part.double() * (part @ ruler).double()).sum(1)
         return float(lost.sum()), float(kept.sum())
 
@@ -157,8 +160,8 @@ def _relative_error(
 
 
 def _solution(
-    weight: Tensor, found: Fit, order: Tensor, error: float | None, damping: float | None,
-    notes: tuple[str, ...],
+    weight: Tensor, found: Fit, request: Request, order: Tensor, error: float | None,
+    damping: float | None, notes: tuple[str, ...],
 ) -> Solution:  # fmt: skip
     indices = found.codes[:, order.argsort()].cpu()
     lut, dense = found.lut.cpu(), weight.cpu()
@@ -167,7 +170,8 @@ def _solution(
     for begin in range(0, dense.shape[0], CHUNK):
         end = begin + CHUNK
         part = dense[begin:end].double()
-        kept = decode(indices[begin:end], lut[begin:end].float(), columns)
+        own = opened(Fit(indices[begin:end], lut[begin:end]), request)
+        kept = decode(own.codes, own.lut.float(), columns)
         sums[0, begin:end] = (part - kept.double()).square().sum(1)
         sums[1, begin:end] = part.square().sum(1)
     return Solution(indices, lut, sums[0], sums[1], error, damping, notes)

@@ -18,6 +18,8 @@ import torch
 
 from sketchconv.calibration.grids import cast_lut, make_grid
 from sketchconv.calibration.rows import Fit, fit_rows
+from sketchconv.calibration.shaped import ShapedRows, luts_of, start
+from sketchconv.formats.grids import FREE
 from sketchconv.kernels.tables import encode, make_tables
 from sketchconv.kernels.threads import available_threads
 
@@ -42,6 +44,7 @@ class Request:
         lut_dtype: "F16", "BF16" or "F32".
         method: how.
         threads: None: all cores.
+        grid: ``"free"``, or the shape of the LUTs, a key of `formats.grids.GRIDS`.
     """
 
     bits: int
@@ -49,6 +52,7 @@ class Request:
     lut_dtype: str
     method: Method
     threads: int | None = None
+    grid: str = FREE
 
 
 @contextmanager
@@ -82,20 +86,24 @@ def fit(
         column_weights: ``[in]`` for the k-means, in place of those by the method's powers.
 
     Returns:
-        Codes with columns in the order of the factor, and LUTs.
+        Codes with columns in the order of the factor, and LUTs; of a shaped sketch scales.
     """
     method = request.method
+    make = _grid if request.grid == FREE else _scales
     if column_weights is not None:
-        grids = [_grid(weight, request, column_weights)]
+        grids = [make(weight, request, column_weights)]
     else:
         powers = (sensitivities(factor, power) if power else None for power in method.powers)
-        grids = [_grid(weight, request, masses) for masses in powers]
+        grids = [make(weight, request, masses) for masses in powers]
     ordered = weight[:, factor.order]
     groups = factor.order // (weight.shape[1] // request.groups)
     ruler = None if judge is None or not method.rounds else judge[factor.order][:, factor.order]
 
     def work(begin: int, end: int) -> Fit:
         starts = [grid[begin:end] for grid in grids]
+        if request.grid != FREE:
+            shape = request.grid, request.bits
+            return ShapedRows(ordered[begin:end], groups, factor, method, *shape).fit(starts, ruler)
         return fit_rows(ordered[begin:end], starts, groups, factor, method, ruler)
 
     return joined(spread(work, weight, request.threads))
@@ -103,6 +111,9 @@ def fit(
 
 def fit_plain(weight: Tensor, request: Request, column_weights: Tensor | None) -> Fit:
     """The same without statistics: each weight to its nearest entry."""
+    if request.grid != FREE:
+        asked = request.grid, request.bits, request.groups
+        return start(weight, *asked, column_weights, request.threads)
     method, name = request.method, request.lut_dtype
     lut = make_grid(weight, request.bits, request.groups, method, column_weights, request.threads)
     stored = cast_lut(lut, name)
@@ -119,6 +130,18 @@ def fit_plain(weight: Tensor, request: Request, column_weights: Tensor | None) -
 def _grid(weight: Tensor, request: Request, masses: Tensor | None) -> Tensor:
     lut = make_grid(weight, request.bits, request.groups, request.method, masses, request.threads)
     return cast_lut(lut, request.lut_dtype)
+
+
+def _scales(weight: Tensor, request: Request, masses: Tensor | None) -> Tensor:
+    asked = request.grid, request.bits, request.groups
+    return start(weight, *asked, masses, request.threads).lut
+
+
+def opened(found: Fit, request: Request) -> Fit:
+    """The same with LUTs: those of a shaped sketch, float32, in the order of its levels."""
+    if request.grid == FREE:
+        return found
+    return Fit(found.codes, luts_of(found.lut, request.grid, request.bits))
 
 
 def sensitivities(factor: Factor, power: float) -> Tensor:

@@ -16,11 +16,18 @@ _DTYPES: Final = click.Choice(["F16", "BF16", "F32"], case_sensitive=False)
 _WEIGHTINGS: Final = click.Choice(["covariances", "moments", "equal"])
 _BITS: Final = click.IntRange(1, 8)
 _COUNT: Final = click.IntRange(1)
+_GRIDS: Final = click.Choice(["free", "iq4_nl", "affine", "symmetric"])
 
 _OPTIONS: Final = (
     click.option("--bits", type=_BITS, help="Bits per index. [default: 4]"),
     click.option("--groups", type=_COUNT, help="Groups per row. [default: 1]"),
     click.option("--group-size", type=_COUNT, help="Columns per group, instead of --groups."),
+    click.option(
+        "--grid",
+        type=_GRIDS,
+        help="Free LUTs, or fixed levels times a scale per 32 columns: the blocks of GGUF's "
+        "IQ4_NL, Q4_1 and Q5_1 (affine), Q4_0, Q5_0 and Q8_0 (symmetric). [default: free]",
+    ),
     click.option("--embed-bits", type=_BITS, help="Sketch embeddings and head too, at these bits."),
     click.option("--lut-dtype", type=_DTYPES, help="Dtype of the LUT entries. [default: F16]"),
     click.option("--include", multiple=True, metavar="PATTERN", help="Sketch only these weights."),
@@ -63,7 +70,7 @@ _OPTIONS: Final = (
 )
 # As they are called on the command line, by the names that click passes.
 _NAMES: Final = {
-    **{name: f"--{name.replace('_', '-')}" for name in ("bits", "groups", "group_size")},
+    **{name: f"--{name.replace('_', '-')}" for name in ("bits", "groups", "group_size", "grid")},
     **{name: f"--{name.replace('_', '-')}" for name in ("embed_bits", "lut_dtype", "include")},
     **{name: f"--{name.replace('_', '-')}" for name in ("exclude", "weighting", "equal_weights")},
     **{name: f"--{name.replace('_', '-')}" for name in ("exact", "tokens", "seq_len", "seed")},
@@ -121,8 +128,10 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
 
 
 def _spec(spec: SketchSpec, options: Mapping[str, Any]) -> SketchSpec:
-    fields = ("bits", "groups", "group_size", "lut_dtype")
+    fields = ("bits", "groups", "group_size", "lut_dtype", "grid")
     changes = {field: options[field] for field in fields if options[field] is not None}
     if options["groups"] is not None:
         changes["group_size"] = None
+    elif options["group_size"] is not None:
+        changes["groups"] = 1
     return dataclasses.replace(spec, **changes)

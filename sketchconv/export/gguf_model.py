@@ -16,6 +16,7 @@ from sketchconv.export.plan import ExportPlan
 from sketchconv.export.planner import plan_export
 from sketchconv.export.recipe import ExportRecipe
 from sketchconv.export.rows import SourceRows
+from sketchconv.export.shaped import block_types
 from sketchconv.export.tokenizer import TokenizerKeys, tokenizer_keys
 from sketchconv.job import equal_ties
 from sketchconv.sources.base import Source
@@ -52,6 +53,7 @@ def from_model(source: Source, recipe: ExportRecipe) -> tuple[SourceRows, GgufCo
         rope=settings.tensors,
         equal=equal_ties(source, model),
         notes=(*settings.notes, *tokenizer.notes),
+        blocks=block_types(source),
     )
     values = _values(source, architecture, recipe, plan, settings, tokenizer)
     return SourceRows(source), GgufContent(plan, values, tokenizer.kind)

@@ -13,6 +13,7 @@ from sketchconv.export.encoders import ENCODERS, Encoder, fitting
 from sketchconv.export.plan import ExportPlan, ExportStep
 from sketchconv.export.recipe import AUTO, ExportRecipe
 from sketchconv.export.rope import RopeTensors
+from sketchconv.export.shaped import KEPT_ROWS
 from sketchconv.formats.gguf_layout import GgufInfo
 from sketchconv.formats.gguf_types import GGML_TYPES
 from sketchconv.formats.tensors import TensorInfo
@@ -37,6 +38,7 @@ def plan_export(
     rope: RopeTensors,
     equal: Mapping[str, str],
     notes: tuple[str, ...] = (),
+    blocks: Mapping[str, str] | None = None,
 ) -> ExportPlan:
     """Decide every tensor of the output.
 
@@ -50,6 +52,7 @@ def plan_export(
         rope: tensors of rotary factors that are added.
         equal: tied weights that are stored twice: name -> the one to keep.
         notes: hints that are known already.
+        blocks: types in which tensors of the source can be packed without loss.
 
     Raises:
         PlanError: a pattern names nothing, or rows do not fit the heads.
@@ -70,15 +73,21 @@ def plan_export(
         change: Change = "transpose" if transposed else architecture.change(target)
         shape = info.shape[::-1] if transposed else info.shape
         _check_heads(target, shape, change, heads, head_rows)
-        encoder, reason = choose_type(target, shape, info.dtype, recipe, name)
-        found = GgufInfo(target, shape, encoder.type)
-        steps.append(ExportStep(found, reason, name, change, head_rows))
+        own = (blocks or {}).get(name) if change in KEPT_ROWS else None
+        encoder, reason = choose_type(target, shape, info.dtype, recipe, name, own)
+        found, packed = GgufInfo(target, shape, encoder.type), encoder.type.name == own
+        steps.append(ExportStep(found, reason, name, change, head_rows, verbatim=packed))
     _check_choices(steps, recipe)
     return ExportPlan(tuple(_ordered(steps)), left_out, notes)
 
 
 def choose_type(
-    name: str, shape: tuple[int, ...], dtype: str, recipe: ExportRecipe, source: str = ""
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    recipe: ExportRecipe,
+    source: str = "",
+    own: str | None = None,
 ) -> tuple[Encoder, str]:
     """The type of one tensor, and why.
 
@@ -88,6 +97,7 @@ def choose_type(
         dtype: of an exact plain copy.
         recipe: what the user wants.
         source: its Hugging Face name, which patterns may name too.
+        own: the type in whose blocks the source has it.
     """
     if not is_matrix(name, shape):
         return ENCODERS["F32"], "vectors, norms and the like are always F32"
@@ -97,6 +107,8 @@ def choose_type(
         wanted, reason = choice.type, f"asked for: {choice.pattern}"
     elif recipe.type == AUTO:
         wanted, reason = dtype if dtype in _KEPT else "F32", "exact"
+        if own is not None:
+            wanted, reason = own, "the sketch's own codes and scales"
     elif name in _HEADS and ENCODERS[wanted].head is not None:
         wanted, reason = str(ENCODERS[wanted].head), f"embeddings and output beside {wanted}"
     encoder = fitting(ENCODERS[wanted], shape[-1])

@@ -89,8 +89,10 @@ class SourceRows:
         return self.source.float32(name, self.source.rows(name, begin, end))
 
     def verbatim(self, step: ExportStep, begin: int, end: int) -> bytes:
-        """No step of such a source is copied as it is."""
-        raise TypeError(f"{step.name}: {self.format} rows are never copied as they are")
+        """Blocks of a shaped sketch: what such a source has that GGUF has too."""
+        from sketchconv.export.shaped import packed_blocks
+
+        return packed_blocks(self.source, step, begin, end)
 
     def model(
         self, steps: Iterable[ExportStep]

@@ -14,6 +14,7 @@ from sketchconv.kernels.gemv import _fast_bf16
 from sketchconv.recovery.divergence import Head
 from sketchconv.recovery.options import RecoveryError
 from sketchconv.runtime.modules import SketchLinear, SketchModule
+from sketchconv.runtime.shaped import ShapedLinear
 from sketchconv.runtime.tied import Tied
 
 PROBE_TOKENS = 8
@@ -104,7 +105,17 @@ def _output(model: PreTrainedModel) -> nn.Module | None:
 
 
 def trainable_layers(model: nn.Module, output: nn.Module | None = None) -> list[SketchLinear]:
-    """The sketched linear layers of `model`, in its order, without the head `output`."""
+    """The sketched linear layers of `model`, in its order, without the head `output`.
+
+    Raises:
+        RecoveryError: one is shaped: it has no LUT of its own that could be trained.
+    """
+    shaped = next((n for n, m in model.named_modules() if isinstance(m, ShapedLinear)), None)
+    if shaped is not None:
+        raise RecoveryError(
+            f"recovery: trains LUTs, and {shaped} has scales of a fixed grid; convert with --grid "
+            "free, or without --recover"
+        )
     return [
         module
         for module in model.modules()

@@ -14,6 +14,7 @@ from sketchconv.runtime.names import Place
 
 # Buffers that older checkpoints stored and models now compute.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+_SKETCHED = (".sketch_index", ".sketch_lut", ".sketch_scale")
 _SHOWN = 3
 
 
@@ -47,7 +48,7 @@ def check_complete(
     loaded = {place.key for place in at.values() if place.there}
     missing = [key for key in state if key not in loaded and not _tied(model, key, loaded)]
     if any(place.merged for place in at.values()):  # values computed from several tensors
-        missing = [key for key in missing if key.endswith((".sketch_index", ".sketch_lut"))]
+        missing = [key for key in missing if key.endswith(_SKETCHED)]
     missing = _unmatched(missing, model._keys_to_ignore_on_load_missing or ())
     if not same:
         parts = {_part(model, key) for key in loaded}

@@ -123,9 +123,11 @@ class SktchQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
         """A LUT is loaded as it is, also where a model keeps some modules in float32."""
-        from sketchconv.formats.rules import LUT_SUFFIX
+        from sketchconv.formats.rules import LUT_SUFFIX, SCALE_SUFFIX
 
-        if any(str(name).endswith(LUT_SUFFIX) for name in converter.source_patterns):
+        if any(
+            str(name).endswith((LUT_SUFFIX, SCALE_SUFFIX)) for name in converter.source_patterns
+        ):
             return None
         return super().get_new_dtype(converter, param, dtype)
 

@@ -14,6 +14,7 @@ from sketchconv.formats.sketches import SketchRecord
 from sketchconv.runtime.conv1d import SketchConv1D
 from sketchconv.runtime.modules import SketchEmbedding, SketchLinear, SketchModule
 from sketchconv.runtime.names import Place
+from sketchconv.runtime.shaped import ShapedLinear
 
 LUT_TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 WEIGHT = ".weight"
@@ -70,6 +71,8 @@ def sketched(module: nn.Module, record: SketchRecord, dtype: torch.dtype) -> Ske
     if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != record.shape:
         shape = list(weight.shape) if isinstance(weight, torch.Tensor) else None
         raise LoadError(f"{record.name} is {list(record.shape)}, the model expects {shape}")
+    if record.shaped:
+        return _shaped(module, record, dtype)
     lut_dtype = LUT_TORCH[record.lut_dtype]
     if isinstance(module, nn.Embedding):
         embedding = SketchEmbedding(
@@ -86,6 +89,21 @@ def sketched(module: nn.Module, record: SketchRecord, dtype: torch.dtype) -> Ske
         *(columns, rows, record.bits, record.groups),
         bias=module.bias is not None,
         lut_dtype=lut_dtype,
+        device="meta",
+        dtype=dtype,
+    )
+
+
+def _shaped(module: nn.Module, record: SketchRecord, dtype: torch.dtype) -> ShapedLinear:
+    if not isinstance(module, nn.Linear):
+        raise LoadError(
+            f"{record.name} has a shaped sketch, but belongs to a {type(module).__name__}; only "
+            "Linear has a shaped form"
+        )
+    rows, columns = record.shape
+    return ShapedLinear(
+        *(columns, rows, record.bits, record.grid, record.groups),
+        bias=module.bias is not None,
         device="meta",
         dtype=dtype,
     )

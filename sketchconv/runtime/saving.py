@@ -14,14 +14,16 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from sketchconv import __version__
 from sketchconv.errors import LoadError
 from sketchconv.formats.digest import tensor_digest
+from sketchconv.formats.grids import FREE
 from sketchconv.formats.manifest import Manifest
-from sketchconv.formats.rules import DOCUMENT_KEY, INDEX_SUFFIX, LUT_SUFFIX
+from sketchconv.formats.rules import DOCUMENT_KEY, INDEX_SUFFIX
 from sketchconv.formats.sentinel import sentinel_name
 from sketchconv.formats.sketches import SketchRecord
 from sketchconv.formats.tensors import TensorInfo
 from sketchconv.kernels.packed import LUT_DTYPES
 from sketchconv.runtime.modules import SketchModule
 from sketchconv.runtime.replace import WEIGHT
+from sketchconv.runtime.shaped import ShapedLinear
 from sketchconv.runtime.tied import Tied
 
 TORCH_DTYPES = {
@@ -62,7 +64,7 @@ def state_and_metadata(
         for path, module in model.named_modules()
         if isinstance(module, SketchModule) and not isinstance(module, Tied)
     }
-    names = _final_names(model, state, list(paths))
+    names = _final_names(model, state, paths)
     if names:
         chosen = sentinel_name(names.values(), manifest.source)
         first = next(path for path, name in names.items() if name == chosen)
@@ -97,7 +99,7 @@ def _final(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _final_names(
-    model: PreTrainedModel, state: Mapping[str, Tensor], paths: list[str]
+    model: PreTrainedModel, state: Mapping[str, Tensor], paths: Mapping[str, SketchModule]
 ) -> dict[str, str]:
     """The stored weight name of each sketched module."""
     stored = {id(tensor): name for name, tensor in _final(model, state).items()}
@@ -105,7 +107,8 @@ def _final_names(
     for path in paths:
         name = stored.get(id(state[path + INDEX_SUFFIX]), "")
         stem = name.removesuffix(INDEX_SUFFIX)
-        if stem == name or stored.get(id(state[path + LUT_SUFFIX])) != stem + LUT_SUFFIX:
+        table = f".{paths[path].TABLE}"
+        if stem == name or stored.get(id(state[path + table])) != stem + table:
             raise LoadError(f"the sketch {path} cannot be saved under its original name")
         names[path] = stem + WEIGHT
     return names
@@ -115,9 +118,10 @@ def _record(
     name: str, module: SketchModule, loaded: SketchRecord | None, dtype: torch.dtype
 ) -> SketchRecord:
     source = TORCH_DTYPES[dtype] if loaded is None else loaded.dtype
-    lut = LUT_DTYPES[module.sketch_lut.dtype]
+    lut = LUT_DTYPES[module._tensors()[1].dtype]
     shape = (module.rows, module.columns)
-    return SketchRecord(name, shape, source, module.bits, module.groups, lut)
+    grid = module.grid if isinstance(module, ShapedLinear) else FREE
+    return SketchRecord(name, shape, source, module.bits, module.groups, lut, grid)
 
 
 def _known_error(

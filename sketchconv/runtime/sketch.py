@@ -55,6 +55,7 @@ class SketchModule(nn.Module):
     dtype_anchor: nn.Parameter
     _ready: tuple[Tensor, Tensor, torch.dtype, Packed] | None
     _arranged: tuple[Tensor, int] | None
+    TABLE = "sketch_lut"  # the parameter that holds the values
 
     def __init__(
         self,
@@ -199,7 +200,7 @@ class SketchModule(nn.Module):
         self._layout = DISK
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
-        index, lut = self._buffers["sketch_index"], self._parameters["sketch_lut"]
+        index, lut = self._buffers["sketch_index"], self._parameters[self.TABLE]
         if index is None or lut is None:
             raise RuntimeError("the sketch's tensors were removed from the module")
         return index, lut
@@ -212,10 +213,10 @@ class SketchModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SketchModule:
         """Move or cast the module: the LUT is moved, never cast."""
         self._to_disk_order()
-        lut = self._parameters.get("sketch_lut")
+        lut = self._parameters.get(self.TABLE)
         before = None if lut is None else lut.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = self._parameters.get("sketch_lut")
+        after = self._parameters.get(self.TABLE)
         if before is not None and after is not None and after.dtype is not before.dtype:
             after.data = before.to(after.device)
         return self

@@ -9,12 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sketchconv.errors import SourceError
 from sketchconv.formats.reader import SktchModel
 from sketchconv.formats.rules import RESERVED_PREFIX
 from sketchconv.formats.sketches import SketchRecord
-from sketchconv.formats.tensors import TensorInfo, f32_to_bf16
+from sketchconv.formats.tensors import DTYPES, TensorInfo, f32_to_bf16
 from sketchconv.sources.base import Float32
 from sketchconv.sources.config import dump_json, strip_remote_code
 from sketchconv.sources.files import collect_files, is_side_file, without_remote_code
@@ -25,8 +26,9 @@ from sketchconv.sources.values import row_bytes, row_count, to_float32
 class SketchSource:
     """A `.sktch` file or a sketch folder, seen as the dense model that it stands for.
 
-    A sketched weight has the dtype of its LUT, in which its values are exact; `rows` gives its
-    packed indices and, behind them, its LUTs. All other tensors are as they are stored.
+    A sketched weight has the dtype of its LUT, in which its values are exact, a shaped one F32;
+    `rows` gives its packed indices and, behind them, its LUTs or scales. All other tensors are as
+    they are stored.
 
     Args:
         path: the file or the folder.
@@ -75,7 +77,7 @@ class SketchSource:
             and not name.startswith(RESERVED_PREFIX)
         }
         sketched = {
-            name: TensorInfo(name, record.lut_dtype, record.shape)
+            name: TensorInfo(name, _dense_dtype(record), record.shape)
             for name, record in self._records.items()
         }
         return {**sketched, **stored}
@@ -128,10 +130,10 @@ class SketchSource:
         record = self._records.get(name)
         if record is None:
             return raw
-        values = _decoded(record, raw)
-        if record.lut_dtype == "BF16":
+        values, dtype = _decoded(record, raw), _dense_dtype(record)
+        if dtype == "BF16":
             return f32_to_bf16(values).tobytes()
-        return values.astype("<f2" if record.lut_dtype == "F16" else "<f4", copy=False).tobytes()
+        return values.astype("<f2" if dtype == "F16" else "<f4", copy=False).tobytes()
 
     def config(self) -> dict[str, Any]:
         """The dense model's config: without `quantization_config` and `auto_map`."""
@@ -157,21 +159,47 @@ class SketchSource:
         self.close()
 
 
+def _dense_dtype(record: SketchRecord) -> str:
+    """A dtype in which the values of a sketch are exact."""
+    return "F32" if record.shaped else record.lut_dtype
+
+
+def split_rows(record: SketchRecord, raw: bytes) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
+    """Packed indices uint8 ``[rows, G, bytes]`` and LUTs or scales in their carrier, writable."""
+    index, lut = record.index_info, record.lut_info
+    sizes = index.nbytes // row_count(index), lut.nbytes // row_count(lut)
+    rows = len(raw) // sum(sizes)
+    data = np.frombuffer(bytearray(raw), np.uint8)
+    codes = data[: rows * sizes[0]].reshape(rows, *index.shape[1:])
+    # A copy: the tables may begin at an odd address.
+    tables = data[rows * sizes[0] :].copy().view(DTYPES[lut.dtype].numpy)
+    return codes, tables.reshape(rows, *lut.shape[1:])
+
+
 def _decoded(record: SketchRecord, raw: bytes) -> Float32:
     """Rows of a sketch as float32, by the kernels that run the model."""
+    codes, tables = split_rows(record, raw)
+    if not len(codes):
+        return np.zeros((0, record.shape[1]), np.float32)
+    if record.shaped:
+        from sketchconv.kernels.ggml.expand import expand_rows
+
+        out = np.empty((len(codes), record.shape[1]), np.float32)
+        expand_rows(codes, tables.astype(np.float32), record.grid, record.bits, out, 1)
+        return out
+    return _looked_up(record, codes, tables)
+
+
+def _looked_up(
+    record: SketchRecord, codes: npt.NDArray[np.uint8], tables: npt.NDArray[Any]
+) -> Float32:
     import torch
 
     from sketchconv.kernels.dequantize import decode
     from sketchconv.kernels.packed import Packed
 
-    index, lut = record.index_info, record.lut_info
-    sizes = index.nbytes // row_count(index), lut.nbytes // row_count(lut)
-    rows = len(raw) // sum(sizes)
-    if not rows:
-        return np.zeros((0, record.shape[1]), np.float32)
-    data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[record.lut_dtype]
-    codes = data[: rows * sizes[0]].view(rows, *index.shape[1:])
-    tables = data[rows * sizes[0] :].clone().view(dtype).view(rows, *lut.shape[1:])
-    values: Float32 = decode(Packed.of(codes, tables, record.shape[1])).numpy()
+    lut = torch.from_numpy(tables)
+    if record.lut_dtype == "BF16":
+        lut = lut.view(torch.bfloat16)
+    values: Float32 = decode(Packed.of(torch.from_numpy(codes), lut, record.shape[1])).numpy()
     return values

@@ -4,12 +4,19 @@ import hashlib
 import re
 
 from vectorlib.material import model, sketch
+from vectorlib.material import shaped as shaped_sketch
 from vectorlib.plain import ZERO, build, container, digest, entries, header_of, seal
 
 
 def base():
     """A small valid model to break: one sketch, one plain tensor."""
     return model({"m": sketch(1, 4, 2, 1, seed=50)}, {"p": ("F32", [2], b"12345678")})
+
+
+def shaped_base():
+    """The same with a shaped sketch of 32 columns."""
+    made = shaped_sketch(1, 64, "affine", 4, 2, seed=52)
+    return model({"m": made}, {"p": ("F32", [2], b"12345678")})
 
 
 def with_header(change):
@@ -32,9 +39,9 @@ def swap(old, new):
     return with_header(change)
 
 
-def with_document(change, drop=(), add=None):
+def with_document(change, drop=(), add=None, made=base):
     """A file with a changed document, sealed again, and tensors taken away or put in."""
-    document, tensors = base()
+    document, tensors = made()
     for name, tensor in (add or {}).items():
         tensors[name] = tensor
         document["digests"][name] = digest(*tensor)

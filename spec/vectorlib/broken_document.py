@@ -8,6 +8,7 @@ from vectorlib.breaking import (
     put,
     resealed,
     same,
+    shaped_base,
     swap,
     with_document,
     with_tensors,
@@ -129,6 +130,54 @@ def broken_sketches():
     for what, bits in {"nan": NAN, "infinity": INF, "minus-infinity": b"\0\xfc"}.items():
         lut = ("F16", [1, 1, 4], b"\0\0" * 3 + bits)
         yield "SKT-072", f"lut-{what}", with_tensors({"m.sketch_lut": lut})
+
+
+def broken_shaped():
+    """4.2: requirement, name, content."""
+    record = ["sketches", "m.weight"]
+
+    def broken(change, drop=(), add=None):
+        return with_document(change, drop, add, shaped_base)
+
+    for what, grid in {"unknown": "nf4", "free": "free", "null": None, "array": []}.items():
+        yield "SKT-073", f"grid-{what}", broken(put([*record, "grid"], grid))
+    yield "SKT-073", "grid-without-such-bits", broken(put([*record, "grid"], "symmetric_8"))
+    yield "SKT-073", "affine-of-8-bits", broken(put([*record, "bits"], 8))
+    yield "SKT-073", "iq4-nl-of-5-bits", broken(_five_bits)
+    yield "SKT-073", "shaped-groups-of-16", broken(put([*record, "groups"], 4))
+    yield "SKT-073", "shaped-lut-bf16", broken(put([*record, "lut"], "BF16"))
+    yield "SKT-063", "shaped-bits-true", broken(put([*record, "bits"], True))
+    yield "SKT-061", "grid-in-1-0", broken(put(["version"], "1.0"))
+    yield "SKT-061", "shaped-with-more", broken(put([*record, "zero"], 1))
+    yield "SKT-061", "member-of-a-later-version", broken(_later)
+    yield "SKT-051", "unknown-member-in-1-1", broken(put(["more"], 1))
+    yield "SKT-068", "no-scale", broken(same, ["m.sketch_scale"])
+    short = {"m.sketch_scale": ("F16", [1, 2, 1], b"\0" * 4)}
+    yield "SKT-068", "scale-without-minimum", broken(same, (), short)
+    yield "SKT-068", "grid-without-minimum", broken(put([*record, "grid"], "symmetric"))
+    wide = {"m.sketch_scale": ("F32", [1, 2, 2], b"\0" * 16)}
+    yield "SKT-068", "scale-dtype", broken(same, (), wide)
+    yield "SKT-068", "scale-rank", broken(same, (), {"m.sketch_scale": ("F16", [4], b"\0" * 8)})
+    table = {"m.sketch_lut": ("F16", [1, 2, 16], b"\0" * 64)}
+    yield "SKT-069", "lut-beside-scale", broken(same, (), table)
+    other = {"q.sketch_scale": ("F16", [1, 1, 1], b"\0\0")}
+    yield "SKT-069", "scale-without-record", broken(same, (), other)
+    yield "SKT-068", "lut-in-place-of-scale", broken(same, ["m.sketch_scale"], table)
+    yield "SKT-086", "alias-of-scale", broken(put(["aliases"], {"x": "m.sketch_scale"}))
+    for what, bits in {"nan": NAN, "infinity": INF, "minus-infinity": b"\0\xfc"}.items():
+        for place in ("scale", "minimum"):
+            data = bits + b"\0" * 6 if place == "scale" else b"\0" * 6 + bits
+            bad = {"m.sketch_scale": ("F16", [1, 2, 2], data)}
+            yield "SKT-072", f"{place}-{what}", broken(same, (), bad)
+
+
+def _five_bits(document):
+    document["sketches"]["m.weight"].update(grid="iq4_nl", bits=5)
+
+
+def _later(document):
+    document["version"] = "1.9"
+    document["sketches"]["m.weight"]["zero"] = 8
 
 
 def broken_rest():

@@ -53,13 +53,54 @@ def sketch(rows, columns, bits, groups, lut="F16", seed=1, table=None):
     }
 
 
+CODEBOOK = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+
+
+def levels(grid, bits):
+    """Section 4.2: the levels of a grid."""
+    if grid == "iq4_nl":
+        return CODEBOOK
+    first = 0 if grid == "affine" else -(2 ** (bits - 1))
+    return list(range(first, first + 2**bits))
+
+
+def shaped(rows, columns, grid, bits, groups, seed=1, fields=None):
+    """A shaped sketch; `fields` are the scales and minima of all groups, in place of random ones.
+
+    Values are computed in doubles, in which product and sum are exact, and rounded once.
+    """
+    numbers, size = Numbers(seed), columns // groups
+    width = 2 if grid == "affine" else 1
+    index, stored, values = b"", [], []
+    for _ in range(rows):
+        row = []
+        for _ in range(groups):
+            own = fields or [(numbers.below(2048) - 1024) / 8192 for _ in range(width)]
+            codes = [numbers.below(2**bits) for _ in range(size)]
+            index += pack(codes, bits)
+            stored += own
+            lut = [own[0] * float(level) for level in levels(grid, bits)]
+            lut = [entry + own[1] for entry in lut] if width > 1 else lut
+            row += [single_bits(lut[code]) for code in codes]
+        values.append("".join(row))
+    record = {"bits": bits, "dtype": "BF16", "grid": grid, "groups": groups, "lut": "F16"}
+    nbytes = len(index) // (rows * groups)
+    return {
+        "record": {**record, "shape": [rows, columns]},
+        "index": ("U8", [rows, groups, nbytes], index),
+        "scale": ("F16", [rows, groups, width], float_bytes(stored, "F16")),
+        "values": values,
+    }
+
+
 def model(sketches, plain=(), **members):
     """Document and tensors for sketches by stem and plain tensors by name."""
     plain = dict(plain)
     tensors = dict(plain)
     for stem, s in sketches.items():
         tensors[stem + ".sketch_index"] = s["index"]
-        tensors[stem + ".sketch_lut"] = s["lut"]
+        part = "lut" if "lut" in s else "scale"
+        tensors[f"{stem}.sketch_{part}"] = s[part]
     names = sorted(stem + ".weight" for stem in sketches)
     if names:
         tensors[names[0]] = ("U8", [1], b"\0")
@@ -76,7 +117,7 @@ def model(sketches, plain=(), **members):
         "sketches": {stem + ".weight": s["record"] for stem, s in sketches.items()},
         "source": {"digest": "ab" * 32, "format": "safetensors", "id": "a/b", "revision": None},
         "tool": "vectors 1",
-        "version": "1.0",
+        "version": "1.1" if any("scale" in s for s in sketches.values()) else "1.0",
     }
     return {**document, **members}, tensors
 

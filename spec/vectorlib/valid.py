@@ -2,7 +2,7 @@
 
 import json
 
-from vectorlib.material import model, sketch
+from vectorlib.material import model, shaped, sketch
 from vectorlib.plain import SIZES, build, container, raw, seal
 
 
@@ -51,6 +51,25 @@ def valid_sketches():
     yield "lut-unsorted", {"m": sketch(2, 8, 2, 1, "F16", 26, unsorted)}, {}, {}, {}
     two = {"layers.0.up": sketch(2, 8, 4, 1, seed=27), "layers.10.up": sketch(3, 6, 3, 2, seed=28)}
     yield "two-sketches", two, {"norm.weight": ("BF16", [3], b"abcdef")}, {}, {}
+
+
+def valid_shaped():
+    """Files about shaped sketches (4.2)."""
+    for grid, widths in {"affine": (4, 5), "iq4_nl": (4,), "symmetric": (4, 5, 8)}.items():
+        for bits in widths:
+            made = shaped(2, 64, grid, bits, 2, seed=60 + bits)
+            yield f"shaped-{grid}-{bits}", {"m": made}, {}, {}, {}
+    yield "shaped-wide-group", {"m": shaped(1, 192, "iq4_nl", 4, 2, seed=70)}, {}, {}, {}
+    for what, scale in {"zero": -0.0, "least": 2.0**-24, "most": -65504.0}.items():
+        made = shaped(1, 32, "symmetric", 8, 1, seed=71, fields=[scale])
+        yield f"shaped-scale-{what}", {"m": made}, {}, {}, {}
+    # The sum needs more than the 24 bits of a binary32: here it is rounded, half of it to even.
+    rounded = shaped(1, 64, "affine", 5, 1, seed=72, fields=[-1023 * 2.0**-24, 1025 / 8])
+    yield "shaped-sum-rounded", {"m": rounded}, {}, {}, {}
+    both = {"a": sketch(2, 8, 4, 1, seed=73), "b": shaped(2, 32, "affine", 4, 1, seed=74)}
+    yield "shaped-and-free", both, {"p.sketch_scales": ("U8", [1], b"a")}, {}, {}
+    old = {"q.sketch_scale": ("U8", [1], b"a")}
+    yield "scale-is-a-plain-name-in-1-0", {"m": sketch(1, 4, 2, 1, seed=75)}, old, {}, {}
 
 
 def valid_documents():

@@ -16,7 +16,7 @@ from sketchconv.export.recipe import ExportRecipe
 from sketchconv.export.rows import rotary_order
 from sketchconv.export.run import export_gguf
 from sketchconv.formats.reader import SktchModel
-from sketchconv.recipe import Recipe
+from sketchconv.recipe import Recipe, SketchSpec
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 PROMPTS = (
@@ -90,3 +90,25 @@ def test_log_probabilities_tokens_and_text_in_llama_cpp(sketch, exported):
 def test_a_plain_reexport_of_the_source_is_the_same_file(source, tmp_path):
     export_gguf(source, tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == source.read_bytes()
+
+
+def test_a_shaped_sketch_is_the_same_model_in_llama_cpp(source, tmp_path):
+    pytest.importorskip("xllamacpp")
+    import torch
+    from peer import Runtime, divergence, reference
+
+    sketch, path = tmp_path / "shaped.sktch", tmp_path / "shaped.gguf"
+    sketchconv.convert(source, sketch, Recipe(SketchSpec(grid="iq4_nl"), weighting="equal"))
+    export_gguf(sketch, path)
+    model, tokenizer = (
+        sketchconv.load(sketch, dtype=torch.float32),
+        sketchconv.load_tokenizer(sketch),
+    )
+    runtime, found = Runtime(path), []
+    for prompt in PROMPTS:
+        tokens = tokenizer.encode(prompt)
+        expected = reference(model, tokens)
+        found.append(divergence(expected, runtime.log_probabilities(tokens, len(expected))))
+    assert np.mean(found) < 0.02  # llama.cpp rounds activations to 8 bits
+    answer = runtime.complete(prompt=PROMPTS[0], n_predict=12)
+    assert "Paris" in answer["choices"][0]["text"]

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import sketchconv
 from sketchconv.calibration.options import Calibration
-from sketchconv.errors import LoadError, SourceError
+from sketchconv.errors import LoadError, PlanError, SourceError
 from sketchconv.export.dense import export_dense
 from sketchconv.export.recipe import ExportRecipe
 from sketchconv.export.run import export_gguf
@@ -231,3 +231,13 @@ def test_a_sketch_that_was_not_turned_is_refused():
     record = SketchRecord("c.weight", (64, 192), "F32", 4, 1, "F16")
     with pytest.raises(LoadError, match=r"\[64, 192\], the model expects \[192, 64\]"):
         sketched(Conv1D(192, 64), record, torch.float32)
+
+
+def test_shaped_sketches_of_transposed_weights_are_refused(families, tmp_path):
+    with pytest.raises(PlanError, match="stores transposed have no shaped sketches yet"):
+        sketchconv.convert(
+            families("gpt2"),
+            tmp_path / "g.sktch",
+            Recipe(SketchSpec(4, group_size=32, grid="iq4_nl")),
+        )
+    assert not (tmp_path / "g.sktch").exists()

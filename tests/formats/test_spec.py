@@ -14,6 +14,7 @@ import pytest
 
 from sketchconv.formats import rules
 from sketchconv.formats.errors import FormatError
+from sketchconv.formats.grids import GRIDS, levels
 from sketchconv.formats.packing import PLANES
 from sketchconv.formats.reader import SktchFile, SktchModel
 from sketchconv.formats.tensors import DTYPES, SKTCH_DTYPES
@@ -150,6 +151,16 @@ def test_the_table_of_planes_is_the_code_s():
     assert {int(b): tuple(map(int, w.split(", "))) for b, w in rows} == dict(PLANES)
 
 
+def test_the_table_of_grids_is_the_code_s():
+    rows = table("| grid | bits | F | levels, by index |")
+    assert {r[0]: (tuple(map(int, r[1].split(", "))), int(r[2])) for r in rows} == {
+        name: (grid.bits, grid.fields) for name, grid in GRIDS.items()
+    }
+    codebook = next(r[3] for r in rows if r[0] == "iq4_nl")
+    assert list(map(int, codebook.split(", "))) == levels("iq4_nl", 4).tolist()
+    assert TEXT.startswith(f"# The `.sktch` format, version {rules.KNOWN_VERSIONS[-1]}\n")
+
+
 def test_the_table_of_limits_is_the_code_s():
     limits = {name: int(value) for name, value in table("| limit | value |")}
     assert limits == {
@@ -175,7 +186,7 @@ def test_the_tables_of_members_and_patterns_are_the_code_s():
     rows = re.findall(r"^\| `(\w+)` \| ", root.split("### 6.2", 1)[1], re.MULTILINE)
     assert set(rows) == MEMBERS
     rows = re.findall(r"^\| `(\w+)` \| ", record.split("### 6.4", 1)[0], re.MULTILINE)
-    assert set(rows) == {"bits", "dtype", "groups", "lut", "shape"}
+    assert set(rows) == {"bits", "dtype", "grid", "groups", "lut", "shape"}
     for pattern in (rules.NAME_PATTERN, rules.PATH_PART_PATTERN, rules.EXTENSION_PATTERN):
         assert f"`{pattern}`" in TEXT
 

@@ -93,9 +93,9 @@ def fine_search(rows: np.ndarray, grid: str, weights: np.ndarray) -> np.ndarray:
     for part in np.linspace(0.2, 1.3, 400):
         for sign in (1, -1):
             if shaped.GRIDS[grid].has_minimum:
-                scale = part * (high - low) / 15
+                scale = part * (high - low) / (len(levels) - 1)
                 middle = (weights * rows).sum(axis=1) / weights.sum()
-                minimum = middle - 7.5 * scale
+                minimum = middle - (len(levels) - 1) / 2 * scale
             else:
                 scale, minimum = sign * part * size / np.abs(levels).max(), np.zeros(len(rows))
             scaled = (rows - minimum[:, None]) / scale[:, None]
@@ -112,14 +112,18 @@ def test_the_fit_is_as_good_as_a_fine_search(grid, weighted):
     weights = weights_of() if weighted else np.ones(COLUMNS, np.float32)
     found = shaped.fit(rows, grid, COLUMNS, weights)
     mine = relative_error(shaped.values(found, grid), rows, weights)
-    assert mine.sum() <= 1.005 * fine_search(rows, grid, weights).sum()
+    # Of many levels some starts are left out: the fine search tries 800 scales.
+    bound = 1.005 if len(shaped.GRIDS[grid].levels) == 16 else 1.03
+    assert mine.sum() <= bound * fine_search(rows, grid, weights).sum()
 
 
 @every_grid
 def test_rows_that_a_grid_can_hold_are_kept(grid):
     levels = np.array(shaped.GRIDS[grid].levels, np.float32)
     rng = np.random.default_rng(6)
-    codes = np.concatenate([rng.permutation(16), rng.integers(0, 16, COLUMNS - 16)])
+    least = 1 if grid == "symmetric_8" else 0  # -128 is never used
+    codes = rng.integers(least, len(levels), COLUMNS)
+    codes[:16] = np.linspace(least, len(levels) - 1, 16)
     rows = (0.125 * levels[codes])[None]
     found = shaped.fit(rows, grid, COLUMNS)
     assert np.array_equal(shaped.values(found, grid), rows)
