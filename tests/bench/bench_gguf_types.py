@@ -110,6 +110,8 @@ def ruler(dense: Path, options: argparse.Namespace) -> Any:
 
 def main() -> None:
     """Print one row per type."""
+    from transformers import AutoModelForCausalLM
+
     from sketchconv.evaluation.network import Network
     from sketchconv.kernels.ggml.kinds import KINDS
 
@@ -126,7 +128,7 @@ def main() -> None:
     measured, weights = ruler(folder, options), {}
     if options.calibration is not None:
         weights = importance(folder, options.calibration, options.tokens)
-    dense = measured.reference.model
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     theirs = ggml_oracle.encode if ggml_oracle.library() is not None else None
     print(f"{'type':8}{'bits/w':>8}{'KL, ours':>18}{'KL, theirs':>18}{'MB/s, ours / theirs':>26}")
     for name in options.types:

@@ -271,7 +271,7 @@ def test_an_unsupported_architecture_is_refused_by_name(tmp_path):
     ("arguments", "text"),
     [
         (("m.gguf", "--bits", "4"), "--bits is about sketches"),
-        (("m.gguf", "--calibration", "self"), "--calibration is about sketches"),
+        (("m.gguf", "--method", "gptq"), "--method is about sketches"),
         (("m.sktch", "--type", "Q8_0"), "--type goes with an output that ends in .gguf"),
         (("folder", "--type-for", "a=F16"), "--type-for goes with"),
         (("m.gguf", "--type", "Q4_9"), "'Q4_9' is no GGUF type"),
