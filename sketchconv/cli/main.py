@@ -76,8 +76,8 @@ def run() -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo(
-            "Interrupted: no output was written. Run the same command again: a calibration goes on "
-            "after its last finished block, all else starts anew.",
+            "Interrupted: no output was written. Run the same command again: a calibrated "
+            "sketch goes on after its last finished block, all else starts anew.",
             err=True,
         )
         sys.exit(EXIT_INTERRUPTED)
