@@ -101,7 +101,7 @@ def test_memory_of_a_calibration(tiny, tmp_path):
 def test_decoding(tiny, tmp_path):
     short = ("--tokens", 12, "--rounds", 2, "--threads", 1, "--embed-bits", 8, "--work", tmp_path)
     printed = bench("bench_decode.py", tiny, *short, "--peers", "bf16", "gguf", "llama.cpp")
-    for ours in ("sketch-8", "generate-8"):
+    for ours in ("modules-8", "sketch-8", "generate-8"):
         assert re.search(rf"{ours} / bf16: {RATIO}", printed), printed
     for peer in ("gguf", "llama.cpp"):
         assert f"skipped {peer}: the model is not a .gguf file" in printed

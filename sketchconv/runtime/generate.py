@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,7 +164,8 @@ def _run(
     pieces: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed = Event()
     failures: list[BaseException] = []
-    generate: Any = model.generate
+    kind: Any = type(model)
+    generate = functools.partial(kind.generate, model)  # transformers' own: `_loop` decides
 
     def stop(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         pace.tick()

@@ -112,13 +112,15 @@ class SktchQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
-        """Settle the sketches, and freeze the model: train by `requires_grad_`."""
+        """Settle the sketches, freeze the model (train by `requires_grad_`), let it decode fast."""
+        from sketchconv.runtime.compiled_generate import install
         from sketchconv.runtime.modules import SketchModule
 
         for module in model.modules():
             if isinstance(module, SketchModule):
                 module.settle()
         model.requires_grad_(False)
+        install(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:

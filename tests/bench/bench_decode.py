@@ -3,8 +3,9 @@
 Each contender lives in a process of its own; they take turns, one run each per round, and what
 counts are medians over the rounds. All decode greedily the same number of tokens after the same
 prompt; the clock runs from the first new token to the last, so that reading the prompt does not
-count. `sketch` runs in transformers' own `generate`; `generate` is the loop of `sketchconv
-generate`. The numbers behind their names are the bits of the embeddings (and of a tied head).
+count. `sketch` is `model.generate` of a loaded sketch, as anybody calls it; `modules` is the same
+without the compiled step (`type(model).generate`); `generate` is `sketchconv generate`. The
+numbers behind their names are the bits of the embeddings (and of a tied head).
 
     python tests/bench/bench_decode.py [MODEL] [--threads 1 2] [--tokens 64] [--rounds 5]
 
@@ -15,6 +16,7 @@ take part only with a .gguf file.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import sys
 import time
@@ -28,13 +30,17 @@ from recipes import WORK, dense_folder, sketch, source
 from timing import ratio
 
 PROMPT = "Once upon a time there was a small village at the foot of a mountain, and"
-OURS = ("sketch", "generate")
+OURS = ("modules", "sketch", "generate")
 PEERS = ("bf16", "fp32", "nf4", "gguf", "llama.cpp")
 
 
-def transformers_run(model: Any, tokenizer: Any, tokens: int) -> Callable[[], Result]:
-    """A greedy run of transformers that no end of sequence stops."""
+def transformers_run(
+    model: Any, tokenizer: Any, tokens: int, generate: Callable[..., Any] | None = None
+) -> Callable[[], Result]:
+    """A greedy run of `generate` (the model's own) that no end of sequence stops."""
     import torch
+
+    generate = generate or model.generate
 
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     model.generation_config.eos_token_id = None
@@ -55,7 +61,7 @@ def transformers_run(model: Any, tokenizer: Any, tokens: int) -> Callable[[], Re
     def run(count: int = tokens) -> Result:
         clock = Clock()
         with torch.inference_mode():
-            model.generate(ids, max_new_tokens=count, do_sample=False, streamer=clock)
+            generate(ids, max_new_tokens=count, do_sample=False, streamer=clock)
         first, last = clock.times[1], clock.times[-1]
         return {"rate": (len(clock.times) - 2) / max(last - first, 1e-9)}
 
@@ -131,11 +137,20 @@ def llama_cpp(path: Path, tokens: int, threads: int) -> Callable[[], Result]:
     return run
 
 
-def sketch_in_transformers(path: Path, tokens: int) -> Callable[[], Result]:
-    """The sketch, by transformers' `generate`."""
+def loaded_sketch(path: Path, tokens: int) -> Callable[[], Result]:
+    """The sketch, by `model.generate`."""
     import sketchconv
 
     return transformers_run(sketchconv.load(path), sketchconv.load_tokenizer(path), tokens)
+
+
+def modules_alone(path: Path, tokens: int) -> Callable[[], Result]:
+    """The sketch's modules in transformers' own loop."""
+    import sketchconv
+
+    model = sketchconv.load(path)
+    generate = functools.partial(type(model).generate, model)
+    return transformers_run(model, sketchconv.load_tokenizer(path), tokens, generate)
 
 
 def own_loop(path: Path, tokens: int) -> Callable[[], Result]:
@@ -170,8 +185,8 @@ def prepare(name: str, options: argparse.Namespace) -> Callable[[], Result]:
     torch.set_num_threads(threads)
     kind, _, bits = name.partition("-")
     if kind in OURS:
-        run = sketch_in_transformers if kind == "sketch" else own_loop
-        return run(sketch(model, options.work, int(bits)), tokens)
+        runs = {"modules": modules_alone, "sketch": loaded_sketch, "generate": own_loop}
+        return runs[kind](sketch(model, options.work, int(bits)), tokens)
     if kind in ("bf16", "fp32"):
         dtype = "bfloat16" if kind == "bf16" else "float32"
         return in_transformers(dense_folder(model, options.work), tokens, dtype)
@@ -216,6 +231,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each run, 2 or more")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--embed-bits", type=int, nargs="+", default=(8, 4))
+    parser.add_argument("--ours", nargs="+", choices=OURS, default=OURS)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
     parser.add_argument("--work", type=Path, default=WORK, help="where sketches are kept")
     options = parser.parse_args()
@@ -230,7 +246,8 @@ def main() -> None:
     dense_folder(model, options.work)
     for bits in options.embed_bits:
         sketch(model, options.work, bits)
-    names = [f"{kind}-{bits}" for bits in options.embed_bits for kind in OURS] + [*options.peers]
+    names = [f"{kind}-{bits}" for bits in options.embed_bits for kind in options.ours]
+    names += options.peers
     print(f"{model.name}, kernels {choose().name}: {choose().reason}")
     for threads in options.threads:
         print(f"\n{threads} thread(s), {options.rounds} rounds of {options.tokens} tokens")
