@@ -123,7 +123,7 @@ class Coding:
         if scales is None:
             values = carried_to_f32(stored, self.stored_dtype(lut_dtype))
         else:
-            each = np.repeat(scales.astype(np.float32), self.span)[: len(stored), None]
+            each = _per_group(scales, self.span, len(stored))
             # At most 18 significant bits: the product is exact.
             values = stored.astype(np.float32) * each * STEP
         if self.mode == "add":
@@ -145,13 +145,19 @@ def finite(table: Table, dtype: str) -> npt.NDArray[np.bool_]:
     return np.isfinite(bf16_to_f32(table) if dtype == "BF16" else table)
 
 
+def _per_group(scales: Table, span: int, count: int) -> F32Array:
+    """The scale of each changed group, float32 `[count, 1]`; a span may be any number."""
+    out: F32Array = scales.astype(np.float32)[np.arange(count) // span, None]
+    return out
+
+
 def _coded(values: F32Array, span: int) -> tuple[Table, Table]:
     """8-bit codes `[n, K]` and scales float16 `[ceil(n / span)]` of differences `[n, K]`."""
     starts = np.arange(0, len(values), span)
     most = np.maximum.reduceat(np.abs(values).max(axis=1), starts)
     with np.errstate(over="ignore"):
         scales = (most / (_MOST_CODE * STEP)).astype(np.float16)
-    each = np.repeat(scales.astype(np.float32), span)[: len(values), None] * STEP
+    each = _per_group(scales, span, len(values)) * STEP
     steps = np.zeros_like(values)
     np.divide(values, each, out=steps, where=(each > 0) & np.isfinite(each))
     return np.clip(np.rint(steps), -_MOST_CODE, _MOST_CODE).astype(np.int8), scales

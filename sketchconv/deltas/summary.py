@@ -11,6 +11,7 @@ from typing import Any
 from sketchconv.formats.delta import ADAPTER_CONFIG, ADAPTER_NAME, DeltaFile
 from sketchconv.formats.delta_document import DeltaDocument
 from sketchconv.formats.delta_record import parameters
+from sketchconv.formats.errors import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,28 @@ class DeltaSummary:
             "exact": self.exact,
             "largest_error": self.largest_error,
         }
+
+
+def facts(summary: DeltaSummary) -> list[tuple[str, str]]:
+    """What a person wants to know, line by line."""
+    base, task = summary.base, summary.task
+    values = "the base's dtype" if summary.values == "same" else summary.values
+    span = f", a scale for {summary.span} group(s)" if summary.span else ""
+    rows = [
+        ("task", str(task.get("name") or "unnamed")),
+        ("base", f"{base.get('id')} ({base.get('format')})"),
+        ("mode", f"{summary.mode}, values in {values}{span}"),
+        ("changed weights", f"{summary.weights:,}"),
+        ("changed groups", f"{summary.changed:,} of {summary.groups:,}"),
+        ("changed numbers", f"{summary.parameters:,}"),
+        ("delta size", f"{summary.nbytes:,} bytes"),
+        ("seal", summary.seal),
+    ]
+    if summary.exact is not None:
+        text = "yes, to the bit" if summary.exact else f"no, to {summary.largest_error:.3g}"
+        rows.append(("exact", text))
+    rows += [(f"task {key}", shown(value, 400)) for key, value in task.items() if key != "name"]
+    return rows
 
 
 def info(path: str | os.PathLike[str]) -> DeltaSummary:
