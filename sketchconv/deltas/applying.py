@@ -125,8 +125,8 @@ def revert(
         force, dry_run, progress: as `apply`.
 
     Raises:
-        DeltaError: the delta is not applied, a later one changed the same weights, or the base is
-            needed and not given.
+        DeltaError: the delta is not applied or a later one changed the same weights (DLT-060), or
+            the base is needed and not given.
         FormatError, OutputError: as `apply`.
     """
     with SktchModel.open(tuned) as model, DeltaFile.open(delta) as file:
