@@ -19,6 +19,7 @@ from sketchconv.formats.digest import tensor_digest
 from sketchconv.formats.document import LIMITS
 from sketchconv.formats.errors import FormatError, refuse
 from sketchconv.formats.folder import safe_member
+from sketchconv.formats.sharding import INDEX_NAME, SINGLE_NAME
 from sketchconv.formats.strict_json import loads
 from sketchconv.formats.tensors import DTYPES
 
@@ -191,14 +192,16 @@ class DeltaFile:
 def is_delta(path: str | os.PathLike[str]) -> bool:
     """Whether a path is an adapter folder, or a file whose document has the kind `delta`.
 
-    False for a file that is no container or has no document: its own reader says why.
+    A folder that also holds the weights of a model is that model. False for a file that is no
+    container or has no document: its own reader says why.
 
     Raises:
         OSError: if nothing is there, or it is not readable.
     """
     root = Path(path)
     if root.is_dir():
-        return (root / ADAPTER_NAME).is_file() or (root / ADAPTER_CONFIG).is_file()
+        adapter = any((root / name).is_file() for name in (ADAPTER_NAME, ADAPTER_CONFIG))
+        return adapter and not any((root / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
     try:
         with Container.open(root) as container:
             text = container.metadata.get(rules.DOCUMENT_KEY, "")

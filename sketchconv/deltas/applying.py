@@ -13,7 +13,7 @@ from sketchconv.deltas.applied import Applied, Entry
 from sketchconv.deltas.binding import check_fit
 from sketchconv.deltas.resolving import tuned_table
 from sketchconv.deltas.rewriting import Edit, Progress
-from sketchconv.deltas.tables import stored_table
+from sketchconv.deltas.tables import refuse_sources, stored_table
 from sketchconv.errors import DeltaError
 from sketchconv.formats.delta import DeltaFile
 from sketchconv.formats.delta_coding import Table
@@ -82,6 +82,7 @@ def apply(
         FormatError: one of them breaks a rule, or is damaged.
         OutputError: `out` exists or cannot be written; nothing is left behind.
     """
+    refuse_sources(out, base, delta)
     with SktchModel.open(base) as model, DeltaFile.open(delta) as file:
         check_fit(file, model)
         document, errors = file.document, model.manifest.errors
@@ -129,6 +130,7 @@ def revert(
             the base is needed and not given.
         FormatError, OutputError: as `apply`.
     """
+    refuse_sources(out, tuned, delta, *([] if base is None else [base]))
     with SktchModel.open(tuned) as model, DeltaFile.open(delta) as file:
         known = Applied.of(model.manifest.extensions, model.path.name)
         at = known.position(file.seal)

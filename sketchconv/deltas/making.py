@@ -11,7 +11,7 @@ import numpy as np
 
 from sketchconv.deltas.binding import BaseBinding
 from sketchconv.deltas.summary import DeltaSummary, summary
-from sketchconv.deltas.tables import Tables, carried, pairs, stored_table
+from sketchconv.deltas.tables import Tables, carried, pairs, refuse_sources, stored_table
 from sketchconv.errors import DeltaError, FormatError
 from sketchconv.formats.delta_coding import CODES, SAME, Coding, Table
 from sketchconv.formats.delta_record import Bound
@@ -60,6 +60,8 @@ def create(
     """
     coding = coding_of(dtype, mode, span)
     described = plain_json(task or {})
+    tuned_path = [luts] if isinstance(luts, str | os.PathLike) else []
+    refuse_sources(output, base, *tuned_path)
     with SktchModel.open(base) as model:
         tuned = _tables_of(luts, model)
         with DeltaWriter(output, coding, overwrite=force) as writer:
@@ -159,6 +161,8 @@ def _check_same_model(base: SktchModel, tuned: SktchModel) -> None:
     if dict(ours.sketches) != dict(theirs.sketches):
         odd = sorted(set(ours.sketches.items()) ^ set(theirs.sketches.items()), key=str)
         raise DeltaError(f"{where}: the sketch of {odd[0][0]} has another form, or is in one alone")
+    if dict(ours.aliases) != dict(theirs.aliases):
+        raise DeltaError(f"{where}: their aliases differ")
     tables = {r.lut_name for r in ours.sketches.values()}
     for name in sorted(_own(base) | _own(tuned)):
         if name not in tables and ours.digests.get(name) != theirs.digests.get(name):

@@ -13,7 +13,7 @@ from sketchconv.deltas.binding import check_fit
 from sketchconv.deltas.making import coding_of, plain_json, write_delta
 from sketchconv.deltas.resolving import tuned_table
 from sketchconv.deltas.summary import DeltaSummary
-from sketchconv.deltas.tables import stored_table
+from sketchconv.deltas.tables import refuse_sources, stored_table
 from sketchconv.errors import DeltaError
 from sketchconv.formats.delta import DeltaFile
 from sketchconv.formats.delta_coding import Table, finite, rounded
@@ -55,6 +55,7 @@ def merge(
     coding = coding_of(dtype, mode, span)
     if not deltas:
         raise DeltaError("nothing to merge: give at least one delta")
+    refuse_sources(output, base, *(path for path, _ in deltas))
     with ExitStack() as stack:
         model = stack.enter_context(SktchModel.open(base))
         files = [(stack.enter_context(DeltaFile.open(path)), float(w)) for path, w in deltas]

@@ -9,7 +9,7 @@ from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, Final
 
-from sketchconv.errors import DeltaError, FormatError, OutputError
+from sketchconv.errors import DeltaError, FormatError
 from sketchconv.formats import rules, staging
 from sketchconv.formats.delta_coding import Table
 from sketchconv.formats.digest import tensor_hash
@@ -88,7 +88,7 @@ def write(
     Every tensor is copied in pieces and compared with its digest; one table is in memory at a time.
 
     Raises:
-        DeltaError: `out` would not have the form of the sketch, or lies inside it.
+        DeltaError: `out` would not have the form of the sketch.
         FormatError: a tensor of the sketch is damaged (SKT-081); nothing is left behind.
         OutputError: `out` exists or cannot be written.
     """
@@ -119,16 +119,13 @@ def check_target(model: SktchModel, out: Path, *, force: bool) -> Path:
     """Check that the new sketch may be written to `out`; return its absolute path.
 
     Raises:
-        DeltaError: it would not have the form of the sketch, or lies inside it.
+        DeltaError: it would not have the form of the sketch.
         OutputError: it exists or cannot be written.
     """
     target = Path(os.path.abspath(out))  # noqa: PTH100 (resolve would follow a link)
     if model.is_bundle != (target.suffix == ".sktch"):
         form = "one file: let OUT end in .sktch" if model.is_bundle else "a folder: OUT must be one"
         raise DeltaError(f"{model.path.name} is {form}")
-    source = model.path.resolve()
-    if target.resolve() == source or source in target.resolve().parents:
-        raise OutputError(f"cannot write {out}: it is, or lies inside, the sketch that is read")
     staging.check_target(target, folder=not model.is_bundle, overwrite=force)
     return target
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sketchconv.errors import DeltaError, FormatError
+from sketchconv.errors import DeltaError, FormatError, OutputError
 from sketchconv.formats.delta_coding import Table, finite
 from sketchconv.formats.delta_record import Bound
 from sketchconv.formats.digest import tensor_digest
@@ -69,6 +71,18 @@ def table_digest(bound: Bound, table: Table) -> str:
     """The digest that a table has when it is stored."""
     info = TensorInfo("", bound.lut, bound.shape)
     return tensor_digest(info, as_bytes(table))
+
+
+def refuse_sources(output: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
+    """Refuse an output that would replace what is read.
+
+    Raises:
+        OutputError: `output` is one of the sources, or lies inside one of them.
+    """
+    target = Path(output).resolve()
+    for source in map(Path, sources):
+        if source.resolve() in (target, *target.parents):
+            raise OutputError(f"cannot write {output}: it is, or lies inside, {source}, a source")
 
 
 def _from_torch(tensor: Any) -> Any:

@@ -159,7 +159,8 @@ def test_the_tables_are_the_code_s():
     root, record = section.split("| member of a record |", 1)
     assert set(re.findall(r"^\| `(\w+)` \| ", root, re.MULTILINE)) == DELTA_MEMBERS
     assert set(re.findall(r"^\| `(\w+)` \| ", record, re.MULTILINE)) == RECORD_MEMBERS
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", TEXT.split("## 6 Values", 1)[1], re.MULTILINE)
+    values = TEXT.split("## 6 Values", 1)[1].split("## 7 Binding", 1)[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", values, re.MULTILINE)
     assert {mode for mode, _ in rows} == set(MODES)
     assert {v.strip("` ") for _, cell in rows for v in cell.split(",")} == set(VALUES)
     assert TEXT.startswith(f"# Deltas of `.sktch` models, version {rules.DELTA_VERSION}\n")
