@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from sketchconv.formats.delta_writer import DeltaWriter
 from sketchconv.formats.reader import SktchModel
 from sketchconv.formats.tensors import carried_to_f32
 
+_MOST: Final = float(np.finfo(np.float32).max)
 Weighted = tuple[DeltaFile, float]
 
 
@@ -60,7 +61,7 @@ def merge(
         model = stack.enter_context(SktchModel.open(base))
         files = [(stack.enter_context(DeltaFile.open(path)), float(w)) for path, w in deltas]
         for file, weight in files:
-            if not np.isfinite(np.float32(weight)):
+            if not abs(weight) <= _MOST:
                 raise DeltaError(f"{file.path.name}: the weight {weight} is not finite")
             check_fit(file, model)
         files.sort(key=lambda pair: (pair[0].seal, pair[1]))
