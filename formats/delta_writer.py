@@ -67,8 +67,14 @@ class DeltaWriter:
         staging.check_target(self.path, folder=self.folder, overwrite=overwrite)
         opened = staging.open_folder if self.folder else staging.open_file
         self._lock = opened(self.path)
-        with os_failures(self.path):
-            self._spool: IO[bytes] = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+        try:
+            with os_failures(self.path):
+                spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+        except BaseException:
+            staging.discard(self.path, folder=self.folder)
+            os.close(self._lock)
+            raise
+        self._spool: IO[bytes] = spool
 
     def add(self, name: str, bound: Bound, base: Table, tuned: Table) -> Written:
         """Take one weight; nothing is stored for groups, or a weight, that did not change.

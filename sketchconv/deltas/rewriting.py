@@ -146,7 +146,7 @@ def _write_bundle(
     model: SktchModel,
     target: Path,
     laid: Mapping[str, FileLayout],
-    _others: Mapping[str, Path],
+    others: Mapping[str, Path],
     edit: Edit,
     count: _Count,
 ) -> None:

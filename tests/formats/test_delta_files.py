@@ -5,14 +5,21 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from sketchconv.formats import rules
+from sketchconv.formats.container import Container
 from sketchconv.formats.delta import DeltaFile
 from sketchconv.formats.delta_coding import CODES, Coding, finite
 from sketchconv.formats.delta_record import Bound
 from sketchconv.formats.delta_validate import validate_delta
 from sketchconv.formats.delta_writer import DeltaWriter
+from sketchconv.formats.document import LIMITS, sealed
 from sketchconv.formats.errors import FormatError, OutputFailure
-from sketchconv.formats.tensors import f32_to_bf16
+from sketchconv.formats.header import canonical_header
+from sketchconv.formats.strict_json import dumps, loads
+from sketchconv.formats.tensors import DTYPES, f32_to_bf16
 
 CODINGS = [Coding(), Coding("replace"), Coding("add", "BF16"), Coding("add", CODES, 2)]
 
@@ -211,3 +218,63 @@ def test_wrong_tables_are_refused_by_the_reader(tmp_path):
         with pytest.raises(FormatError) as caught:
             delta.tuned("m.weight", np.ones((3, 3, 4), np.float16))
         assert caught.value.requirement in ("DLT-041", "DLT-042")
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(0, 2**63 - 1),
+    st.sampled_from([0, 1, 2, 3, 8, 9, 10, 2**31, 2**62]),
+    st.text(max_size=4),
+    st.sampled_from(["xor", "add", "replace", "same", "F16", "BF16", "F32", "I8", "a" * 64]),
+    st.lists(st.integers(0, 2**40), max_size=4),
+    st.dictionaries(st.text(max_size=3), st.integers(0, 9), max_size=2),
+)
+MEMBERS = ["mode", "values", "span", "weights", "digests", "version", "kind", "task", "base"]
+RECORD = ["base", "changed", "index", "lut", "shape", "table", "tuned"]
+
+
+@pytest.fixture(scope="module", params=CODINGS, ids=lambda c: c.mode + c.values)
+def small(request, tmp_path_factory):
+    """A delta's path, document (as JSON), tensors and data."""
+    path = write(tmp_path_factory.mktemp("small") / "d.sktch", request.param)
+    with Container.open(path) as container:
+        document = loads(container.metadata[rules.DOCUMENT_KEY].encode(), "d", LIMITS)
+        infos = [entry.info for entry in container.entries.values()]
+        data = path.read_bytes()[container.data_begin :]
+    return path, document, infos, data
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(changes=st.lists(st.tuples(st.sampled_from([*MEMBERS, *RECORD]), ODD), max_size=3))
+def test_any_document_is_taken_or_refused_and_nothing_else(small, changes):
+    """Members of other types and values, canonical and sealed: only the format's own errors."""
+    path, document, infos, data = small
+    value = {**document, "weights": {"m.weight": dict(document["weights"]["m.weight"])}}
+    for member, odd in changes:
+        record = value["weights"].get("m.weight") if isinstance(value["weights"], dict) else None
+        if member in RECORD and isinstance(record, dict):
+            record[member] = odd
+        elif member in MEMBERS:
+            value[member] = odd
+    text = sealed({k: dumps(v) for k, v in value.items()})
+    other = path.with_name("other.sktch")
+    metadata = {"format": "pt", rules.DOCUMENT_KEY: text}
+    other.write_bytes(canonical_header(metadata, infos) + data)
+    requirement = refused(other)
+    if requirement in ("DLT-041", "DLT-042"):
+        assert list(validate_delta(other)) == []
+    elif requirement is not None:
+        assert [f.requirement for f in validate_delta(other)][:1] == [requirement]
+
+
+def refused(path):
+    """The requirement that a reader names, None if it takes the file; other errors go through."""
+    try:
+        with DeltaFile.open(path) as delta:
+            for name, record in delta.document.weights.items():
+                carrier = DTYPES[record.bound.lut].numpy
+                delta.tuned(name, np.ones(record.bound.shape, carrier))
+    except FormatError as error:
+        return error.requirement
+    return None
