@@ -11,8 +11,9 @@ from typing import Any
 from sketchconv.deltas import rewriting
 from sketchconv.deltas.applied import Applied, Entry
 from sketchconv.deltas.binding import check_fit
+from sketchconv.deltas.editing import Edit, odd_headers
 from sketchconv.deltas.resolving import tuned_table
-from sketchconv.deltas.rewriting import Edit, Progress
+from sketchconv.deltas.rewriting import Progress
 from sketchconv.deltas.tables import refuse_sources, stored_table
 from sketchconv.errors import DeltaError
 from sketchconv.formats.delta import DeltaFile
@@ -93,7 +94,7 @@ def apply(
             name if isinstance(name, str) else None,
             {weight: errors[weight] for weight in document.weights},
         )
-        headers = known.headers if known.entries else rewriting.odd_headers(model)
+        headers = known.headers if known.entries else odd_headers(model)
         now = Applied((*known.entries, entry), headers)
         edit = Edit(
             tables={n: r.tuned for n, r in document.weights.items()},
