@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,10 @@ from sketchconv.formats.digest import tensor_digest
 from sketchconv.formats.document import LIMITS
 from sketchconv.formats.errors import FormatError, refuse
 from sketchconv.formats.folder import safe_member
+from sketchconv.formats.rules import ADAPTER_CONFIG, ADAPTER_NAME
 from sketchconv.formats.sharding import INDEX_NAME, SINGLE_NAME
 from sketchconv.formats.strict_json import loads
 from sketchconv.formats.tensors import DTYPES
-
-ADAPTER_NAME: Final = "sketch_adapter.safetensors"
-ADAPTER_CONFIG: Final = "sketch_adapter_config.json"
 
 
 class DeltaFile:
@@ -130,10 +128,13 @@ class DeltaFile:
         if table.shape != bound.shape or table.dtype != carrier:
             got = f"{table.dtype} {list(table.shape)}"
             raise ValueError(f"{record.name}: expected {carrier} {list(bound.shape)}, got {got}")
-        mask = self.groups(record)
+        mask, coding = self.groups(record), self.document.coding
         out = np.array(table, order="C").reshape(record.groups, bound.shape[2])
         stored, scales = self.values(record)
-        out[mask] = self.document.coding.decode(out[mask], stored, scales, bound.lut)
+        if record.changed == record.groups:
+            out[:] = coding.decode(out, stored, scales, bound.lut)
+            return out.reshape(bound.shape)
+        out[mask] = coding.decode(out[mask], stored, scales, bound.lut)
         return out.reshape(bound.shape)
 
     def values(self, record: DeltaRecord) -> tuple[Table, Table | None]:

@@ -96,6 +96,8 @@ class Coding:
         if self.mode == "xor":
             bits = DTYPES[self.stored_dtype(lut_dtype)].numpy
             return base.view(bits) ^ tuned.view(bits), None
+        if self.mode == "replace" and self.stored_dtype(lut_dtype) == lut_dtype:
+            return tuned, None
         values = carried_to_f32(tuned, lut_dtype)
         if self.mode == "add":
             values = values - carried_to_f32(base, lut_dtype)
@@ -120,6 +122,8 @@ class Coding:
             bits = DTYPES[self.stored_dtype(lut_dtype)].numpy
             out: Table = (base.view(bits) ^ stored).view(DTYPES[lut_dtype].numpy)
             return out
+        if self.mode == "replace" and self.stored_dtype(lut_dtype) == lut_dtype:
+            return stored
         if scales is None:
             values = carried_to_f32(stored, self.stored_dtype(lut_dtype))
         else:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sketchconv.formats import rules
-from sketchconv.formats.delta import ADAPTER_CONFIG, DeltaFile
+from sketchconv.formats.delta import DeltaFile
 from sketchconv.formats.delta_record import DeltaRecord
 from sketchconv.formats.delta_writer import adapter_config
 from sketchconv.formats.errors import FormatError
 from sketchconv.formats.folder import MAX_CONFIG, parse_config, read_member
 from sketchconv.formats.header import canonical_header, data_order
+from sketchconv.formats.rules import ADAPTER_CONFIG
 from sketchconv.formats.validate import Finding
 
 

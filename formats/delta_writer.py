@@ -13,7 +13,6 @@ from typing import IO, Any, Final
 import numpy as np
 
 from sketchconv.formats import rules, staging
-from sketchconv.formats.delta import ADAPTER_CONFIG, ADAPTER_NAME
 from sketchconv.formats.delta_coding import Coding, Table, finite
 from sketchconv.formats.delta_document import DeltaDocument
 from sketchconv.formats.delta_record import Bound, DeltaRecord
@@ -22,6 +21,7 @@ from sketchconv.formats.errors import refuse
 from sketchconv.formats.header import canonical_header, data_order
 from sketchconv.formats.laid_file import FileLayout, LaidFile
 from sketchconv.formats.part import as_bytes, os_failures
+from sketchconv.formats.rules import ADAPTER_CONFIG, ADAPTER_NAME
 from sketchconv.formats.tensors import DTYPES, TensorInfo
 
 _CHUNK: Final = 1 << 24
@@ -97,7 +97,7 @@ class DeltaWriter:
         mask = (flat.view(np.uint8) != after.view(np.uint8)).any(axis=1)
         stored, scales = self._encoded(name, bound, flat[mask], after[mask])
         after[mask] = self.coding.decode(flat[mask], stored, scales, bound.lut)
-        if not finite(after[mask], bound.lut).all():
+        if not finite(after, bound.lut).all():
             refuse("DLT-041", name, f"beyond the range of {bound.lut}")
         whole = after.reshape(bound.shape)
         if np.array_equal(after.view(np.uint8), flat.view(np.uint8)):

@@ -15,12 +15,13 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from sketchconv.formats import rules
 from sketchconv.formats.errors import OutputFailure, SketchconvError
 from sketchconv.formats.part import os_failures
 
 SUFFIX: Final = ".sktch-partial"
 _OLD: Final = ".sktch-old"
-_ADAPTER: Final = {"sketch_adapter.safetensors", "sketch_adapter_config.json", "README.md"}
+_ADAPTER: Final = {rules.ADAPTER_NAME, rules.ADAPTER_CONFIG, "README.md"}
 _HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
 
 
@@ -64,7 +65,7 @@ def is_sketch_folder(path: Path) -> bool:
     if not path.is_dir():
         return False
     names = {child.name for child in path.iterdir()}
-    if names <= _ADAPTER and "sketch_adapter.safetensors" in names:
+    if names <= _ADAPTER and rules.ADAPTER_NAME in names:
         return True
     config = path / "config.json"
     try:

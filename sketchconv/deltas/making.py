@@ -17,6 +17,7 @@ from sketchconv.formats.delta_coding import CODES, SAME, Coding, Table
 from sketchconv.formats.delta_record import Bound
 from sketchconv.formats.delta_writer import DeltaWriter
 from sketchconv.formats.manifest import Manifest
+from sketchconv.formats.part import as_bytes
 from sketchconv.formats.reader import SktchModel
 from sketchconv.formats.tensors import carried_to_f32
 
@@ -106,8 +107,9 @@ def write_delta(
         seen.add(name)
         wanted = carried(name, table, bound)
         written = writer.add(name, bound, stored_table(model, name), wanted)
-        exact = exact and written.tuned.tobytes() == np.ascontiguousarray(wanted).tobytes()
-        largest = max(largest, _largest_error(written.tuned, wanted, bound))
+        if not np.array_equal(as_bytes(written.tuned), as_bytes(wanted)):
+            exact = False
+            largest = max(largest, _largest_error(written.tuned, wanted, bound))
     document = writer.commit(described_base(model), task, f"sketchconv {__version__}")
     return summary(document, writer.path, exact, largest)
 
@@ -186,7 +188,5 @@ def _bound(binding: BaseBinding, manifest: Manifest, name: str) -> Bound:
 
 
 def _largest_error(got: Table, wanted: Table, bound: Bound) -> float:
-    if got is wanted or not got.size:
-        return 0.0
     pair = (carried_to_f32(got, bound.lut), carried_to_f32(wanted, bound.lut))
     return float(np.abs(pair[0] - pair[1]).max())

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sketchconv.formats.delta import ADAPTER_CONFIG, ADAPTER_NAME, DeltaFile
+from sketchconv.formats.delta import DeltaFile
 from sketchconv.formats.delta_document import DeltaDocument
 from sketchconv.formats.delta_record import parameters
 from sketchconv.formats.errors import shown
+from sketchconv.formats.rules import ADAPTER_CONFIG, ADAPTER_NAME
 
 
 @dataclass(frozen=True, slots=True)

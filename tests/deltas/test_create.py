@@ -53,6 +53,7 @@ def test_round_trip(tmp_path, mixed, tools, form, options):
     got, same = resolve(tmp_path / form, base), resolve(tmp_path / form, toy.luts)
     assert {n: t.tobytes() for n, t in got.items()} == {n: t.tobytes() for n, t in same.items()}
     assert made.weights == len(got) == len(toy.records)
+    assert all(table.flags.writeable for table in got.values())
     exact = all(got[n].tobytes() == tuned[n].tobytes() for n in tuned)
     assert exact == made.exact
     if options["dtype"] == "same" and options.get("mode") != "add":

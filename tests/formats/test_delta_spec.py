@@ -137,6 +137,8 @@ def test_models_and_deltas_are_told_apart():
     with pytest.raises(FormatError, match="this is a delta, not a model") as caught:
         SktchModel.open(delta)
     assert caught.value.requirement == "SKT-053"
+    with pytest.raises(FormatError, match="an adapter folder, a delta"):
+        SktchModel.open(vector("adapter"))
     with pytest.raises(FormatError, match="this is a model, not a delta") as caught:
         DeltaFile.open(model)
     assert caught.value.requirement == "DLT-001"
