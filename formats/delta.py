@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,10 @@ from sketchconv.formats.folder import safe_member
 from sketchconv.formats.rules import ADAPTER_CONFIG, ADAPTER_NAME
 from sketchconv.formats.sharding import INDEX_NAME, SINGLE_NAME
 from sketchconv.formats.strict_json import loads
-from sketchconv.formats.tensors import DTYPES
+from sketchconv.formats.tensors import DTYPES, U8Array
+
+_PIECE: Final = 1 << 20
+_ONES: Final = np.array([value.bit_count() for value in range(256)], np.uint8)
 
 
 class DeltaFile:
@@ -75,18 +78,28 @@ class DeltaFile:
             FormatError: DLT-030 for padding bits that are not zero, DLT-031 for a wrong number of
                 groups, SKT-013.
         """
-        if record.groups_info is None:
+        packed = self.packed_groups(record)
+        if packed is None:
             return np.ones(record.groups, np.bool_)
+        return np.unpackbits(packed, count=record.groups, bitorder="little").view(np.bool_)
+
+    def packed_groups(self, record: DeltaRecord) -> U8Array | None:
+        """The bits of `groups` as they are stored, eight in a byte; None where all groups change.
+
+        Takes no more memory than the tensor: of a delta without its base the number of groups is
+        only a claim. Raises as `groups`.
+        """
+        if record.groups_info is None:
+            return None
         packed = self._stored(record.groups_name)
-        bits = np.unpackbits(packed, bitorder="little")
         where = f"{self.container.path.name}: {record.groups_name}"
-        if bits[record.groups :].any():
+        if int(packed[-1]) >> ((record.groups - 1) % 8 + 1):
             refuse("DLT-030", where, "padding bits that are not zero")
-        mask: npt.NDArray[np.bool_] = bits[: record.groups].astype(np.bool_)
-        if int(np.count_nonzero(mask)) != record.changed:
-            count = int(np.count_nonzero(mask))
+        parts = range(0, packed.size, _PIECE)
+        count = sum(int(_ONES[packed[at : at + _PIECE]].sum(dtype=np.int64)) for at in parts)
+        if count != record.changed:
             refuse("DLT-031", where, f"expected {record.changed} changed groups, got {count}")
-        return mask
+        return packed
 
     def tuned(self, name: str, base: Table) -> Table:
         """Return the whole tuned table of a weight.

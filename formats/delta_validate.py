@@ -45,7 +45,7 @@ def validate_delta(
         sizes = {n: sum(i.nbytes for i in r.infos(document.coding)) for n, r in _items(delta)}
         total, done = sum(sizes.values()), 0
         for name, record in _items(delta):
-            for check in (delta.groups, delta.values):
+            for check in (delta.packed_groups, delta.values):
                 try:
                     check(record)
                 except FormatError as error:

@@ -20,7 +20,7 @@ from sketchconv.formats.delta import DeltaFile
 from sketchconv.formats.delta_coding import Table
 from sketchconv.formats.reader import SktchModel
 
-Path_ = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,9 @@ class Rewritten:
 
 
 def apply(
-    base: Path_,
-    delta: Path_,
-    out: Path_,
+    base: AnyPath,
+    delta: AnyPath,
+    out: AnyPath,
     *,
     force: bool = False,
     dry_run: bool = False,
@@ -107,11 +107,11 @@ def apply(
 
 
 def revert(
-    tuned: Path_,
-    delta: Path_,
-    out: Path_,
+    tuned: AnyPath,
+    delta: AnyPath,
+    out: AnyPath,
     *,
-    base: Path_ | None = None,
+    base: AnyPath | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
