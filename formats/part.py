@@ -17,6 +17,7 @@ from sketchconv.formats.draft import Layout, Results
 from sketchconv.formats.errors import OutputFailure
 
 Data = bytes | bytearray | memoryview | npt.NDArray[Any]
+_READ: Final = 1 << 22
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_FALLOCATE: Final = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM})
 
@@ -34,6 +35,37 @@ class Part:
         self._fd = fd
         self._written = dict.fromkeys(layout.infos, 0)
         self._hashes = {name: tensor_hash(info) for name, info in layout.infos.items()}
+
+    def adopt(self, name: str, digest: str) -> bool:
+        """Take a tensor that the file holds already, if its bytes have this digest.
+
+        Returns:
+            False, and nothing is changed, if they have another one.
+
+        Raises:
+            OutputFailure: if the disk fails.
+        """
+        info, running = self.layout.infos[name], tensor_hash(self.layout.infos[name])
+        at, end = self.layout.begin[name], self.layout.begin[name] + info.nbytes
+        with os_failures(self.path):
+            while at < end:
+                data = os.pread(self._fd, min(_READ, end - at), at)
+                if not data:
+                    return False
+                running.update(data)
+                at += len(data)
+        if running.hexdigest() != digest:
+            return False
+        self._hashes[name], self._written[name] = running, info.nbytes
+        return True
+
+    def forget(self, name: str) -> None:
+        """Let a tensor be written again from its start."""
+        self._hashes[name], self._written[name] = tensor_hash(self.layout.infos[name]), 0
+
+    def digest(self, name: str) -> str:
+        """The digest of what a tensor holds so far."""
+        return self._hashes[name].hexdigest()
 
     def append(self, name: str, data: Data) -> None:
         """Write the next bytes of a tensor.
@@ -74,13 +106,16 @@ class Part:
             os.fsync(self._fd)
 
     def reserve(self) -> None:
-        """Give the file its final size on the disk now.
+        """Give the file its final size on the disk now; what it holds up to there stays.
 
         Raises:
             OutputFailure: if the disk is full, with the bytes that are missing.
         """
-        check_space(self.path.parent, self.layout.size, self.path)
-        with os_failures(self.path, self.layout.size):
+        needed = max(self.layout.size - allocated(os.fstat(self._fd)), 0)
+        check_space(self.path.parent, needed, self.path)
+        with os_failures(self.path, needed):
+            if os.fstat(self._fd).st_size > self.layout.size:
+                os.ftruncate(self._fd, self.layout.size)
             allocate(self._fd, self.layout.size)
 
     def close(self) -> None:
@@ -129,6 +164,11 @@ def allocate(fd: int, size: int) -> None:
         else:
             return
     os.ftruncate(fd, size)
+
+
+def allocated(status: os.stat_result) -> int:
+    """Bytes of the disk that a file has already."""
+    return status.st_blocks * 512
 
 
 def check_space(folder: Path, needed: int, target: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -78,10 +79,11 @@ def is_sketch_folder(path: Path) -> bool:
     return bool(method == "sktch") and not (path / ".git").exists()
 
 
-def open_file(target: Path) -> int:
+def open_file(target: Path, *, keep: bool = False) -> int:
     """Create and lock the temporary file beside `target`; return its descriptor.
 
-    Its mode is that of any new file (0666 less the umask).
+    Its mode is that of any new file (0666 less the umask). What it held is kept on request, else
+    dropped.
 
     Raises:
         OutputFailure: if another writer holds it, or the folder is not writable.
@@ -92,14 +94,17 @@ def open_file(target: Path) -> int:
         with os_failures(target):
             fd = os.open(path, flags, 0o666)
         if _locked(fd, path, target):
-            with os_failures(target):
-                os.ftruncate(fd, 0)
+            if not keep:
+                with os_failures(target):
+                    os.ftruncate(fd, 0)
             return fd
         os.close(fd)
 
 
-def open_folder(target: Path) -> int:
-    """Create and lock the temporary folder beside `target`, empty; return its descriptor.
+def open_folder(target: Path, *, keep: Collection[str] = ()) -> int:
+    """Create and lock the temporary folder beside `target`; return its descriptor.
+
+    It is emptied but for the files named in `keep`.
 
     Raises:
         OutputFailure: if another writer holds it, or the parent is not writable.
@@ -111,7 +116,7 @@ def open_folder(target: Path) -> int:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         if _locked(fd, path, target):
             with os_failures(target):
-                _empty(path)
+                _empty(path, keep)
             return fd
         os.close(fd)
 
@@ -197,8 +202,10 @@ def _locked(fd: int, path: Path, target: Path) -> bool:
     return True
 
 
-def _empty(path: Path) -> None:
+def _empty(path: Path, keep: Collection[str]) -> None:
     for child in path.iterdir():
+        if child.name in keep and child.is_file() and not child.is_symlink():
+            continue
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         else:

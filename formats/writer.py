@@ -1,7 +1,8 @@
 """Streaming, atomic writers: a bundle, or a Hugging Face folder.
 
 Sizes are known first, the disk is reserved first, tensors come in any order, the header last.
-Until `commit` returns there is only a temporary beside the output; `abort` removes it.
+Until `commit` returns there is only a temporary beside the output; `abort` removes it, or leaves it
+for the next run to go on with, where that was asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 
 from sketchconv.formats import staging
 from sketchconv.formats.draft import Draft, Layout, Results, bundle_layout, bundle_size
-from sketchconv.formats.part import Data, Part, check_space, os_failures
+from sketchconv.formats.part import Data, Part, allocated, check_space, os_failures
 from sketchconv.formats.sharding import folder_files, folder_layouts, folder_sizes
 
 __all__ = [
@@ -42,17 +43,44 @@ class Writer(Protocol):
 
 
 class _Base:
-    """The life of an output: open, append, then commit or abort."""
+    """The life of an output: open, append, then commit or abort.
+
+    Attributes:
+        path: of the output.
+        keep: leave the temporary where it is if the output is not finished.
+    """
 
     _folder: bool
 
     def __init__(self, path: str | os.PathLike[str], overwrite: bool) -> None:
+        self.keep = False
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 (Path.resolve would follow links)
         self._overwrite = overwrite
         self._parts: list[Part] = []
         self._owner: dict[str, Part] = {}
         self._lock = -1
         self._open = True
+
+    def adopt(self, digests: Mapping[str, str]) -> bool:
+        """Take stored tensors that a former run has written, if their bytes have these digests.
+
+        Returns:
+            False if one has not; what it holds is then to be written again.
+
+        Raises:
+            KeyError: if the draft has no such stored tensor.
+            OutputFailure: if the disk fails.
+        """
+        self._check_open()
+        if all(self._owner[name].adopt(name, digest) for name, digest in digests.items()):
+            return True
+        for name in digests:
+            self._owner[name].forget(name)
+        return False
+
+    def digest(self, name: str) -> str:
+        """The digest of what a stored tensor holds so far."""
+        return self._owner[name].digest(name)
 
     def append(self, name: str, data: Data) -> None:
         """Write the next bytes of a stored tensor.
@@ -62,7 +90,7 @@ class _Base:
         Raises:
             KeyError: if the draft has no such stored tensor.
             ValueError: for too many bytes, or after commit or abort.
-            OutputFailure: if the disk is full or fails; the temporary is then removed.
+            OutputFailure: if the disk is full or fails; the temporary is then removed (see `keep`).
         """
         self._check_open()
         part = self._owner[name]
@@ -78,7 +106,7 @@ class _Base:
         Raises:
             KeyError, ValueError: if a tensor or a result is missing.
             OutputFailure: if the disk fails or the target appeared meanwhile.
-            In every case the temporary is removed.
+            In every case the temporary is removed (see `keep`).
         """
         self._check_open()
         try:
@@ -90,9 +118,10 @@ class _Base:
         self._close()
 
     def abort(self) -> None:
-        """Remove the temporary; nothing is left. Does nothing after a commit."""
+        """Remove the temporary, unless it is to be kept. Does nothing after a commit."""
         if self._open:
-            staging.discard(self.path, folder=self._folder)
+            if not self.keep:
+                staging.discard(self.path, folder=self._folder)
             self._close()
 
     def _finish(self, results: Results) -> None:
@@ -136,6 +165,7 @@ class BundleWriter(_Base):
         draft: what to write.
         files: relative POSIX path -> bytes of configuration, tokenizer and template files.
         overwrite: replace a regular file that is there.
+        resume: keep what a former run left in the temporary, for `adopt`.
 
     Raises:
         FormatError: if the draft breaks a requirement.
@@ -150,11 +180,12 @@ class BundleWriter(_Base):
         draft: Draft,
         files: Mapping[str, bytes],
         overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         super().__init__(path, overwrite)
         layout = bundle_layout(draft, files)
         staging.check_target(self.path, folder=False, overwrite=overwrite)
-        fd = staging.open_file(self.path)
+        fd = staging.open_file(self.path, keep=resume)
         try:
             part = Part(fd, staging.staging_path(self.path), layout)
             self._begin(part)
@@ -178,6 +209,7 @@ class FolderWriter(_Base):
         files: relative POSIX path -> bytes of the other files, `config.json` among them.
         max_shard_size: bytes of weights per shard.
         overwrite: replace a folder that holds a sketch.
+        resume: keep what a former run left in the temporary, for `adopt`.
 
     Raises:
         FormatError: if the draft or a path breaks a requirement.
@@ -193,12 +225,13 @@ class FolderWriter(_Base):
         files: Mapping[str, bytes],
         max_shard_size: int,
         overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         super().__init__(path, overwrite)
         layouts = folder_layouts(draft, max_shard_size)
         others = folder_files(files, layouts)
         staging.check_target(self.path, folder=True, overwrite=overwrite)
-        self._lock = staging.open_folder(self.path)
+        self._lock = staging.open_folder(self.path, keep=layouts if resume else ())
         try:
             self._stage(layouts, others)
         except BaseException:
@@ -208,11 +241,13 @@ class FolderWriter(_Base):
     def _stage(self, layouts: Mapping[str, Layout], others: Mapping[str, bytes]) -> None:
         folder = staging.staging_path(self.path)
         needed = sum(x.size for x in layouts.values()) + sum(map(len, others.values()))
+        there = [folder / name for name in layouts if (folder / name).exists()]
+        needed = max(needed - sum(allocated(path.stat()) for path in there), 0)
         check_space(folder, needed, self.path)
         for name, data in others.items():
             staging.write_file(folder, name, data)
         for name, layout in layouts.items():
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             with os_failures(self.path):
                 fd = os.open(folder / name, flags, 0o666)
             self._begin(Part(fd, folder / name, layout))

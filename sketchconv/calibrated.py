@@ -7,6 +7,8 @@ import time
 from typing import TYPE_CHECKING
 
 from sketchconv.calibration.run import Calibrated, Tick, calibrate, torch_threads
+from sketchconv.calibration.state import forget, state_folder
+from sketchconv.errors import Suspended
 from sketchconv.pipeline import write
 from sketchconv.worker import Progress, Worker
 
@@ -24,6 +26,7 @@ def run_calibrated(
     started: float,
     *,
     threads: int | None = None,
+    resume: bool = True,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Carry out a job that has a calibration.
@@ -32,8 +35,27 @@ def run_calibrated(
         job: see `prepare`.
         started: `time.perf_counter()` at the start of the conversion.
         threads: see `convert`.
+        resume: go on with what an interrupted run left; otherwise drop it.
         progress: see `convert`; `done` counts weights, in recovery steps, in "write" tokens.
+
+    Raises:
+        SketchconvError: as `convert`.
+        Suspended: interrupted, with finished blocks on the disk.
     """
+    if not resume:
+        forget(job.output)
+    try:
+        return _run(job, started, threads, progress)
+    except KeyboardInterrupt:
+        if not state_folder(job.output).exists():
+            raise
+        text = "finished blocks are kept: run the same command again to go on"
+        raise Suspended(f"{text}, or with --no-resume to start anew") from None
+
+
+def _run(
+    job: Job, started: float, threads: int | None, progress: ProgressCallback | None
+) -> Report:
     if job.calibration is None:
         raise TypeError("the job has no calibration")
     recover = job.calibration.recovery_tokens(job.plan.steps)

@@ -80,6 +80,10 @@ class SourceDigest:
         """Add the next bytes of one tensor; a tensor's chunks come in order."""
         self._open.setdefault(name, hashlib.sha256()).update(raw)
 
+    def of(self, name: str) -> str:
+        """The digest of what was read of one tensor."""
+        return self._open[name].hexdigest()
+
     def hexdigest(self, steps: Iterable[Step]) -> str:
         """Digest over name, dtype, shape and content of every tensor read, by name."""
         total = hashlib.sha256()

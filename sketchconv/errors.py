@@ -16,8 +16,10 @@ __all__ = [
     "OutputError",
     "PlanError",
     "RecipeError",
+    "ResumeError",
     "SketchconvError",
     "SourceError",
+    "Suspended",
     "WeightError",
 ]
 
@@ -40,6 +42,14 @@ class RecipeError(SketchconvError):
 
 class PlanError(SketchconvError):
     """Recipe and model do not fit together; nothing was read or written yet."""
+
+
+class ResumeError(SketchconvError):
+    """An interrupted run cannot be gone on with: what it was about has changed."""
+
+
+class Suspended(KeyboardInterrupt):
+    """An interrupt that left finished work on the disk; its text says how to go on."""
 
 
 class WeightError(SketchconvError):

@@ -73,15 +73,14 @@ class Job:
 
         return BundleWriter(path, self.draft, self.files, overwrite=True)
 
-    def writer(self) -> BundleWriter | FolderWriter:
-        """Open the output for writing, as a temporary beside it."""
+    def writer(self, *, resume: bool = False) -> BundleWriter | FolderWriter:
+        """Open the output for writing, as a temporary beside it; keep what is there to resume."""
         from sketchconv.formats.writer import BundleWriter, FolderWriter
 
+        how = {"overwrite": self.overwrite, "resume": resume}
         if self.bundle:
-            return BundleWriter(self.output, self.draft, self.files, overwrite=self.overwrite)
-        return FolderWriter(
-            self.output, self.draft, self.files, self.max_shard_size, overwrite=self.overwrite
-        )
+            return BundleWriter(self.output, self.draft, self.files, **how)
+        return FolderWriter(self.output, self.draft, self.files, self.max_shard_size, **how)
 
 
 def prepare(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sketchconv.errors import OutputError, Suspended, WeightError
 from sketchconv.job import DEFAULT_SHARD_BYTES, Job, prepare
+from sketchconv.journal import Journal, fingerprint_of
 from sketchconv.recipe import Recipe
 from sketchconv.report import Report
 from sketchconv.worker import Progress, Worker
@@ -31,6 +34,7 @@ def convert(
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
     calibration: Calibration | None = None,
+    resume: bool = True,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Compress a checkpoint into a sketch; without a calibration, no data is needed.
@@ -45,14 +49,17 @@ def convert(
         max_shard_size: bytes of tensor data per file of a folder.
         force: replace an existing sketch.
         calibration: fit the weights of the blocks to activations on a text.
+        resume: go on with what an interrupted run of the same conversion left; otherwise drop it.
         progress: called after each chunk, from the calling thread.
 
     Returns:
         What was done, what it cost and what it saved.
 
     Raises:
-        SketchconvError: one clear line; no output is left behind. A calibration leaves the blocks
-            that it has finished in a folder beside the output, and goes on there the next time.
+        SketchconvError: one clear line; there is no output. Where that is not about a weight's own
+            values, finished tensors (of a calibration: blocks) are kept beside it, and the next run
+            goes on there. A `ResumeError` if that was another conversion.
+        Suspended: interrupted, and finished work was kept.
     """
     job = prepare(
         src,
@@ -64,25 +71,52 @@ def convert(
         force=force,
         calibration=calibration,
     )
-    return run(job, threads=threads, progress=progress)
+    return run(job, threads=threads, resume=resume, progress=progress)
 
 
 def run(
-    job: Job, *, threads: int | None = None, progress: ProgressCallback | None = None
+    job: Job,
+    *,
+    threads: int | None = None,
+    resume: bool = True,
+    progress: ProgressCallback | None = None,
 ) -> Report:
-    """Carry out a prepared job, and close its source."""
+    """Carry out a prepared job, and close its source. Raises as `convert`."""
     started = time.perf_counter()
     try:
         if job.calibration is not None and job.calibration.texts:
             from sketchconv.calibrated import run_calibrated
 
-            return run_calibrated(job, started, threads=threads, progress=progress)
-        with job.writer() as writer:
-            return write(Worker(job, writer, threads), progress).report(
-                time.perf_counter() - started
-            )
+            return run_calibrated(job, started, threads=threads, resume=resume, progress=progress)
+        journal = Journal(job.output, fingerprint_of(job), resume=resume)
+        with closing(journal):
+            work = _run_noted(job, journal, threads, progress)
+            journal.remove()
+        return work.report(time.perf_counter() - started)
     finally:
         job.source.close()
+
+
+def _run_noted(
+    job: Job, journal: Journal, threads: int | None, progress: ProgressCallback | None
+) -> Worker:
+    """Do the work, and leave what was finished where an error does not forbid it."""
+    with job.writer(resume=journal.resumes) as writer:
+        writer.keep = journal.resumes
+        try:
+            return write(Worker(job, writer, threads, journal=journal), progress)
+        except WeightError:  # another attempt would end here again
+            writer.keep = False
+            journal.remove()
+            raise
+        except KeyboardInterrupt:
+            if not writer.keep:
+                raise
+            raise Suspended(journal.kept(job.plan)) from None
+        except OutputError as error:
+            if not writer.keep:
+                raise
+            raise OutputError(f"{error}; {journal.kept(job.plan)}") from error
 
 
 def write(work: Worker, progress: ProgressCallback | None) -> Worker:

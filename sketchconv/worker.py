@@ -10,10 +10,11 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from sketchconv.chunks import Chunk, SourceDigest, read_ahead, row_chunks
-from sketchconv.errors import WeightError
+from sketchconv.finite import check_finite, without_infinity
 from sketchconv.formats.manifest import SketchRecord
 from sketchconv.job import Job
 from sketchconv.memory import anonymous_bytes
+from sketchconv.noted import Noted
 from sketchconv.plan import Step
 from sketchconv.recipe import Recipe
 from sketchconv.report import Report, TensorResult, stored_parameters
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sketchconv.calibration.report import CalibrationReport
     from sketchconv.calibration.state import FinishedWeights
     from sketchconv.formats.writer import BundleWriter, FolderWriter
+    from sketchconv.journal import Journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +51,15 @@ class _Tally:
     squared_error: list[float] = field(default_factory=list)
     squared_norm: list[float] = field(default_factory=list)
 
-    def result(self, step: Step) -> TensorResult:
-        record = step.record
-        bits, groups = (record.bits, record.groups) if record else (0, 0)
-        return TensorResult(
-            step.name,
-            bits,
-            groups,
-            step.parameters,
-            math.fsum(self.squared_error),
-            math.fsum(self.squared_norm),
-        )
+    def sums(self) -> tuple[float, float]:
+        """Squared error and squared norm."""
+        return math.fsum(self.squared_error), math.fsum(self.squared_norm)
+
+
+def _result(step: Step, squared_error: float, squared_norm: float) -> TensorResult:
+    record = step.record
+    bits, groups = (record.bits, record.groups) if record else (0, 0)
+    return TensorResult(step.name, bits, groups, step.parameters, squared_error, squared_norm)
 
 
 class Worker:
@@ -71,6 +71,7 @@ class Worker:
         writer: BundleWriter | FolderWriter,
         threads: int | None,
         finished: FinishedWeights | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.job = job
         self.source = Matrices(job.source, job.plan.forms)
@@ -82,6 +83,7 @@ class Worker:
         self.compile_seconds = 0.0
         self.peak = anonymous_bytes()
         self._finished = finished
+        self._noted = Noted(journal, writer, job.output)
         self._method = _plain_method(job)
         self._tally = _Tally()
         self._column_weights: npt.NDArray[np.float64] | None = None
@@ -96,10 +98,15 @@ class Worker:
         yield Progress("reading", "read", 0, total)
         chunks = chain.from_iterable(row_chunks(step, self.job.budget) for step in steps)
         for chunk, raw in read_ahead(chunks, self._fetch):
-            if chunk.step.action == "sketch":
+            adopted = self._noted.takes(chunk)
+            if adopted:
+                self._skip(chunk, raw)
+            elif chunk.step.action == "sketch":
                 self._sketch(chunk, raw)
             else:
                 self._copy(chunk, raw)
+            if chunk.last:
+                self._finish(chunk.step, adopted)
             done += chunk.weights
             self.peak = max(self.peak, anonymous_bytes())
             yield Progress(chunk.step.name, chunk.step.action, done, total)
@@ -141,13 +148,23 @@ class Worker:
 
         return np.require(self.source.float32(name, raw), requirements=["C", "W"])
 
+    def _skip(self, chunk: Chunk, raw: bytes) -> None:
+        """A chunk of a step that is done: what comes later may need to have seen it."""
+        name, moments = chunk.step.name, self.job.moments
+        sketched = chunk.step.action == "sketch"
+        if sketched and chunk.begin == 0:
+            moments.column_weights(name)
+        if moments.needs(name):
+            rows = self._float32(name, raw)
+            moments.observe(name, chunk.begin, rows, self.threads, matrix=sketched)
+
     def _copy(self, chunk: Chunk, raw: bytes) -> None:
         moments, name = self.job.moments, chunk.step.name
         if chunk.step.info.dtype in FLOATS:
             rows = self._float32(name, raw)
             # Buffers such as attention masks may hold infinities; parameters may not.
             is_parameter = name.endswith((".weight", ".bias"))
-            _check_finite(chunk, rows if is_parameter else _without_infinity(rows), self.threads)
+            check_finite(chunk, rows if is_parameter else without_infinity(rows), self.threads)
             if moments.needs(name):
                 moments.observe(name, chunk.begin, rows, self.threads)
         self.writer.append(name, self.source.stored(name, raw))
@@ -161,7 +178,7 @@ class Worker:
             self._factors = moments.factors(name)
             self._tally = _Tally()
         rows = self._float32(name, raw)
-        _check_finite(chunk, rows, self.threads)
+        check_finite(chunk, rows, self.threads)
         started = time.perf_counter()
         if self._finished is not None and record in self._finished:
             solved = finished_rows(self._finished, record, chunk, rows)
@@ -174,8 +191,16 @@ class Worker:
         self._tally.squared_norm += solved.squared_norm.tolist()
         if moments.needs(name):
             moments.observe(name, chunk.begin, rows, self.threads, matrix=True)
-        if chunk.last:
-            self.results.append(self._tally.result(chunk.step))
+
+    def _finish(self, step: Step, adopted: bool) -> None:
+        source, sketched = self.digest.of(step.name), step.action == "sketch"
+        if adopted:
+            squares = self._noted.squares(source)
+        else:
+            squares = self._tally.sums() if sketched else (0.0, 0.0)
+            self._noted.add(step, source, squares)
+        if sketched:
+            self.results.append(_result(step, *squares))
 
     def _fit(
         self, chunk: Chunk, record: SketchRecord, rows: npt.NDArray[np.float32]
@@ -224,28 +249,3 @@ def ordered_steps(job: Job) -> list[Step]:
     steps = {s.name: s for s in job.plan.steps if s.action in ("sketch", "copy")}
     first = [name for name in job.moments.order if name in steps]
     return [steps[name] for name in dict.fromkeys((*first, *steps))]
-
-
-def _without_infinity(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    import numpy as np
-
-    return np.where(np.isinf(rows), np.float32(0), rows)
-
-
-def _check_finite(chunk: Chunk, rows: npt.NDArray[np.float32], threads: int | None) -> None:
-    """Refuse NaN and infinity by name, row and count.
-
-    Raises:
-        WeightError: at least one value of these rows is not finite.
-    """
-    from sketchconv.kernels.cpu import nonfinite_rows
-
-    flat = rows.reshape(1, -1) if rows.ndim < 2 else rows.reshape(rows.shape[0], -1)
-    counts = nonfinite_rows(flat, threads=threads)
-    if not counts.any():
-        return
-    row = int(counts.argmax())
-    raise WeightError(
-        f"{chunk.step.name}: {int(counts.sum())} values are NaN or infinite, the most in row "
-        f"{chunk.begin + row} ({int(counts[row])}); repair the checkpoint or exclude the weight"
-    )

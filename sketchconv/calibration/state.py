@@ -92,7 +92,7 @@ class CalibrationState:
         if other and any(self.folder.glob("block-*.safetensors")):
             raise CalibrationError(
                 f"{self.folder}: the state of another calibration (different: {', '.join(other)});"
-                " delete it to start anew, or repeat that calibration to finish it"
+                " pass --no-resume to start anew, or repeat that calibration to finish it"
             )
 
     def file(self, block: int) -> Path:
@@ -134,6 +134,17 @@ class CalibrationState:
 def state_folder(output: Path) -> Path:
     """Where the state of a calibration lies, beside its output."""
     return output.with_name(output.name + SUFFIX)
+
+
+def forget(output: Path) -> None:
+    """Drop the state of a calibration, if there is one.
+
+    Raises:
+        CalibrationError: the folder holds something else.
+    """
+    folder = state_folder(output)
+    check_folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_folder(folder: Path) -> None:

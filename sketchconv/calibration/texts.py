@@ -97,7 +97,7 @@ def _document(value: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str
 
 def _data_set(name: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[str]:
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+        from datasets import load_dataset  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError:
         raise CalibrationError(
             f"calibration text {name}: no such file; to read it as a data set of the Hub: "

@@ -82,7 +82,8 @@ def _compress(src: str, out: str, options: dict[str, Any]) -> None:
     if job.calibration is not None:
         silence_transformers()
     with show_progress(quiet=options["quiet"]) as progress:
-        report = run(job, threads=options["threads"], progress=progress)
+        resume = options["resume"] is not False
+        report = run(job, threads=options["threads"], resume=resume, progress=progress)
     try:
         if options["as_json"]:
             click.echo(json.dumps(report.to_json(), indent=2))

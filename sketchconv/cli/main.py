@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import click
 
 from sketchconv import __version__
 from sketchconv.cli.lazy import LazyGroup
-from sketchconv.errors import SketchconvError
+from sketchconv.errors import SketchconvError, Suspended
 
 # name -> module, one line of help: commands are imported when they are used.
 _COMMANDS = {
@@ -27,6 +27,16 @@ _COMMANDS = {
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
+EXIT_SUSPENDED = 75  # EX_TEMPFAIL: the same command will go on
+
+
+class _SuspendedRun(click.ClickException):
+    """An interrupt that left finished work."""
+
+    exit_code = EXIT_SUSPENDED
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"Interrupted: {self.message}.", file=file, err=True)
 
 
 class _Root(LazyGroup):
@@ -37,6 +47,8 @@ class _Root(LazyGroup):
             return super().invoke(ctx)
         except SketchconvError as error:
             raise click.ClickException(str(error)) from error
+        except Suspended as error:  # click would make a plain Abort of it
+            raise _SuspendedRun(str(error)) from None
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -61,11 +73,7 @@ def run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo(
-            "Interrupted: no output was written. Run the same command again: a calibrated "
-            "sketch goes on after its last finished block, all else starts anew.",
-            err=True,
-        )
+        click.echo("Interrupted: no output was written, and nothing is kept.", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone (for instance `| head`); point stdout at nothing so

@@ -67,6 +67,11 @@ _OPTIONS: Final = (
         help="Train the whole model, or one block at a time: weaker, in less memory. "
         "[default: auto, blocks where the model does not fit]",
     ),
+    click.option(
+        "--resume/--no-resume",
+        default=None,
+        help="Go on with what an interrupted run left, or drop that. [default: go on]",
+    ),
 )
 # As they are called on the command line, by the names that click passes.
 _NAMES: Final = {
@@ -76,6 +81,7 @@ _NAMES: Final = {
     **{name: f"--{name.replace('_', '-')}" for name in ("exact", "tokens", "seq_len", "seed")},
     **{name: f"--{name}" for name in ("method", "device", "recover")},
     "recover_by": "--recover-by",
+    "resume": "--resume",
     "recipe_file": "--recipe",
     "texts": "--calibration",
 }
@@ -90,7 +96,8 @@ def sketch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def given_sketch_options(options: Mapping[str, Any]) -> list[str]:
     """Which options of compression were given, as they are called on the command line."""
-    return [flag for name, flag in _NAMES.items() if options[name] not in (None, False, ())]
+    given = [flag for name, flag in _NAMES.items() if options[name] not in (None, False, ())]
+    return [*given, "--no-resume"] if options["resume"] is False else given
 
 
 def calibration_of(options: Mapping[str, Any]) -> Calibration | None:
