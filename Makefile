@@ -39,6 +39,7 @@ bench: $(READY)
 	$(BIN)/python -P tests/bench/bench_blocks.py
 	$(BIN)/python -P tests/bench/bench_decode.py --threads 1 2
 	$(BIN)/python -P tests/bench/bench_tuning.py
+	$(BIN)/python -P tests/bench/bench_deltas.py
 
 # torch first and alone: the pinned build must not be replaced while other packages resolve.
 $(READY): pyproject.toml tests/constraints.txt

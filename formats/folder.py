@@ -133,6 +133,8 @@ def _in_blobs(real: Path, home: Path) -> bool:
 
 def _hint(root: Path) -> str:
     names = sorted(p.name for p in root.iterdir())
+    if rules.ADAPTER_NAME in names:
+        return "; this is an adapter folder, a delta: apply it to the sketch it was made for"
     pickles = [n for n in names if n.endswith(_FOREIGN)]
     if pickles:
         return f"; only {shown(pickles)}: pickles and other formats are never loaded"

@@ -8,23 +8,27 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sketchconv.formats import rules
-from sketchconv.formats.digest import ZERO_DIGEST, text_digest
+from sketchconv.formats.digest import ZERO_DIGEST
+from sketchconv.formats.document import (
+    LIMITS,
+    check_extensions,
+    check_seal,
+    is_digest,
+    major_of,
+    sealed,
+)
 from sketchconv.formats.errors import refuse, shown
 from sketchconv.formats.paths import check_paths
 from sketchconv.formats.sketches import SketchRecord
-from sketchconv.formats.strict_json import Fixed, Limits, dumps, loads
+from sketchconv.formats.strict_json import Fixed, dumps, loads
 
 __all__ = ["Manifest", "SketchRecord"]
 
-LIMITS: Final = Limits(rules.MAX_DOCUMENT_DEPTH, rules.MAX_VALUES, whitespace=True, fixed=True)
 MEMBERS: Final = frozenset(
     {"aliases", "digests", "errors", "extensions", "files", "kind", "packing", "recipe", "seal"}
     | {"sentinel", "sketches", "source", "tool", "version"}
 )
-_VERSION: Final = re.compile(r"(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})")
-_HEX: Final = re.compile(r"[0-9a-f]{64}")
 _NAME: Final = re.compile(rules.NAME_PATTERN)
-_EXTENSION: Final = re.compile(rules.EXTENSION_PATTERN)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Manifest:
         Raises:
             TypeError, ValueError: if a value has no canonical form, such as a float in `recipe`.
         """
-        return _sealed(self._members())
+        return sealed(self._members())
 
     def _members(self) -> dict[str, str]:
         errors = {k: None if e is None else Fixed.of(e) for k, e in self.errors.items()}
@@ -106,7 +110,7 @@ class Manifest:
         at = f"{where}: document"
         value = loads(text.encode("utf-8", "surrogatepass"), at, LIMITS)
         _check_identity(value, at)
-        _check_seal(value, text, at)
+        check_seal(value, text, at)
         for member in ("aliases", "digests", "errors", "files", "sketches"):
             if not isinstance(value[member], dict):
                 refuse("SKT-051", at, f"{member} must be an object, got {shown(value[member])}")
@@ -139,7 +143,7 @@ class Manifest:
             if record.shaped and self.version == rules.FORMAT_VERSION:
                 refuse("SKT-061", at, f"{shown(record.name)}: no grid in version {self.version}")
         for name, digest in self.digests.items():
-            if not isinstance(digest, str) or not _HEX.fullmatch(digest):
+            if not is_digest(digest):
                 refuse("SKT-080", f"{at}: digest of {shown(name)}", f"bad digest {shown(digest)}")
         if self.errors.keys() != self.sketches.keys():
             odd = sorted(self.errors.keys() ^ self.sketches.keys())
@@ -158,19 +162,14 @@ class Manifest:
         check_paths(self.files, at)
 
 
-def _sealed(members: Mapping[str, str]) -> str:
-    texts = {**members, "seal": f'"{ZERO_DIGEST}"'}
-    keys = sorted(texts)
-    blank = "{" + ",".join(f"{dumps(k)}:{texts[k]}" for k in keys) + "}"
-    texts["seal"] = f'"{text_digest(blank)}"'
-    return "{" + ",".join(f"{dumps(k)}:{texts[k]}" for k in keys) + "}"
-
-
 def _check_identity(value: dict[str, Any], at: str) -> None:
     version = value.get("version")
-    found = _VERSION.fullmatch(version) if isinstance(version, str) else None
-    if found is None or int(found[1]) != rules.FORMAT_MAJOR:
+    if major_of(version) != rules.FORMAT_MAJOR:
         refuse("SKT-052", at, f"version {shown(version)}; this reader knows {rules.FORMAT_MAJOR}.x")
+    if value.get("kind") == rules.KIND_DELTA:
+        refuse(
+            "SKT-053", at, "this is a delta, not a model: apply it to the sketch it was made for"
+        )
     missing, unknown = sorted(MEMBERS - value.keys()), sorted(value.keys() - MEMBERS)
     if missing or (unknown and version in rules.KNOWN_VERSIONS):
         refuse("SKT-051", at, f"members missing: {shown(missing)}, unknown: {shown(unknown)}")
@@ -180,14 +179,6 @@ def _check_identity(value: dict[str, Any], at: str) -> None:
         refuse("SKT-054", at, f"unknown packing {shown(value['packing'])}")
 
 
-def _check_seal(value: dict[str, Any], text: str, at: str) -> None:
-    members = {k: dumps(v) for k, v in value.items()}
-    if "{" + ",".join(f"{dumps(k)}:{members[k]}" for k in sorted(members)) + "}" != text:
-        refuse("SKT-050", at, "not in canonical form (key order, white space or escapes)")
-    if _sealed(members) != text:
-        refuse("SKT-055", at, f"the seal {shown(value['seal'])} does not match the document")
-
-
 def _check_free(value: dict[str, Any], at: str) -> None:
     source = value["source"]
     if not isinstance(value["tool"], str):
@@ -195,8 +186,6 @@ def _check_free(value: dict[str, Any], at: str) -> None:
     if not isinstance(value["recipe"], dict) or not isinstance(source, dict):
         refuse("SKT-056", at, "recipe and source must be objects")
     digest = source.get("digest", ZERO_DIGEST)
-    if not isinstance(digest, str) or not _HEX.fullmatch(digest):
+    if not is_digest(digest):
         refuse("SKT-056", at, f"source.digest must be 64 hexadecimal digits, got {shown(digest)}")
-    extensions = value["extensions"]
-    if not isinstance(extensions, dict) or not all(map(_EXTENSION.fullmatch, extensions)):
-        refuse("SKT-057", at, f"extensions must have reversed domain names: {shown(extensions)}")
+    check_extensions(value["extensions"], at)

@@ -16,11 +16,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
+from sketchconv.formats import rules
 from sketchconv.formats.errors import OutputFailure, SketchconvError
 from sketchconv.formats.part import os_failures
 
 SUFFIX: Final = ".sktch-partial"
 _OLD: Final = ".sktch-old"
+_ADAPTER: Final = {rules.ADAPTER_NAME, rules.ADAPTER_CONFIG, "README.md"}
 _HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
 
 
@@ -57,7 +59,15 @@ def check_target(target: Path, *, folder: bool, overwrite: bool) -> None:
 
 
 def is_sketch_folder(path: Path) -> bool:
-    """Tell whether a folder holds a sketch and no version control, so that it may be replaced."""
+    """Tell whether a folder holds a sketch and no version control, so that it may be replaced.
+
+    A folder that holds nothing but an adapter may be, too.
+    """
+    if not path.is_dir():
+        return False
+    names = {child.name for child in path.iterdir()}
+    if names <= _ADAPTER and rules.ADAPTER_NAME in names:
+        return True
     config = path / "config.json"
     try:
         if not stat.S_ISREG(config.stat().st_mode) or config.stat().st_size > 1 << 24:

@@ -8,6 +8,7 @@ from sketchconv.formats.errors import OutputFailure as OutputError
 __all__ = [
     "ArchitectureError",
     "CalibrationError",
+    "DeltaError",
     "EvaluationError",
     "FormatError",
     "HubError",
@@ -57,6 +58,10 @@ class WeightError(SketchconvError):
 
 class CalibrationError(SketchconvError):
     """A calibration cannot be done: its text, its state, or the activations that it met."""
+
+
+class DeltaError(SketchconvError):
+    """A delta does not fit its base, or cannot be made, applied, reverted or merged."""
 
 
 class LoadError(SketchconvError):

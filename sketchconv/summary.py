@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sketchconv.errors import SourceError
 
-Storage = Literal["sketch", "dense", "alias", "file", "sentinel"]
+Storage = Literal["sketch", "dense", "alias", "file", "sentinel", "delta"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class TensorRow:
     @property
     def parameters(self) -> int:
         """Number of values that the row stands for; files and aliases hold none."""
-        return self.count * math.prod(self.shape) if self.storage in ("sketch", "dense") else 0
+        counted = self.storage in ("sketch", "dense", "delta")
+        return self.count * math.prod(self.shape) if counted else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class Summary:
 
 
 def summarise(path: str | Path) -> Summary:
-    """Read the headers of a sketch, a safetensors file or folder, or a GGUF file.
+    """Read the headers of a sketch, a delta, a safetensors file or folder, or a GGUF file.
 
     Raises:
         SourceError: nothing is there, or it is none of these formats.
@@ -80,6 +81,8 @@ def summarise(path: str | Path) -> Summary:
         raise SourceError(f"{path}: no such file or folder")
     if path.suffix == ".gguf":
         return _gguf(path)
+    if _is_delta(path):
+        return _delta(path)
     if is_sketch(path):
         return _sketch(path)
     return _safetensors(path)
@@ -169,6 +172,31 @@ def _sketch(path: Path) -> Summary:
         ("column weights", str(manifest.recipe.get("column_weights"))),
     )
     return Summary(str(path), "sktch", _disk_bytes(path), facts, tuple(rows))
+
+
+def _is_delta(path: Path) -> bool:
+    from sketchconv.formats.delta import is_delta
+
+    likely = path.is_dir() or path.suffix in (".sktch", ".safetensors")
+    return likely and is_delta(path)
+
+
+def _delta(path: Path) -> Summary:
+    from sketchconv.deltas.summary import facts, info
+    from sketchconv.formats.delta import DeltaFile
+
+    with DeltaFile.open(path) as delta:
+        document = delta.document
+    coding = document.coding
+    rows = []
+    for record in document.weights.values():
+        stored = f"{coding.stored_dtype(record.bound.lut)} {coding.mode}"
+        shape = (record.changed, record.bound.shape[2])
+        nbytes = sum(i.nbytes for i in record.infos(coding))
+        rows.append(TensorRow(record.name, "delta", stored, shape, nbytes))
+    text = f"sktch {document.version}, delta: changed LUTs of one base, no model by itself"
+    shown = [("format", text), ("made by", document.tool), *facts(info(path))]
+    return Summary(str(path), "delta", _disk_bytes(path), tuple(shown), tuple(rows))
 
 
 def _safetensors(path: Path) -> Summary:

@@ -48,10 +48,9 @@ class Verification:
             return
         yield f"checked {self.tensors} tensors, {self.nbytes:,} bytes, and every rule of the format"
         if self.against is not None:
-            error = "none" if self.relative_error is None else f"{self.relative_error:.5f}"
-            yield (
-                f"compared {self.compared:,} weights with {self.against}: relative error {error}"
-            )
+            error = self.relative_error
+            shown = "" if error is None else f": relative error {error:.5f}"
+            yield f"compared {self.compared:,} weights with {self.against}{shown}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values for ``--json``."""
@@ -80,19 +79,23 @@ def verify(
     """Check a sketch, all of it; optionally against the source that it was made from.
 
     Args:
-        path: a `.sktch` file or a sketch folder.
-        against: source (folder, hub id or GGUF) whose weights to compare with.
+        path: a `.sktch` file or a sketch folder; or a delta, file or folder.
+        against: source (folder, hub id or GGUF) whose weights to compare with; of a delta its base.
         revision: the source's revision on the Hub.
         progress: called with the bytes that were digested and the bytes in all.
 
     Raises:
         SourceError: nothing is there, or `against` cannot be read.
     """
+    from sketchconv.deltas.checking import verify_delta
+    from sketchconv.formats.delta import is_delta
     from sketchconv.formats.validate import validate
 
     path = Path(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
+    if is_delta(path):
+        return verify_delta(path, against, progress)
     findings = list(validate(path, progress))
     tensors, nbytes = _extent(path)
     comparison = _Comparison()

@@ -45,9 +45,13 @@ class File:
             raise DecodeError("no document [SKT-042]")
         self.entries, self.data = header, 8 + length
         self.document = json.loads(metadata["sktch"])
-        check_document(self.document, metadata["sktch"])
+        self.check(metadata["sktch"])
         if sum(end - begin for begin, end in self.spans()) != size - self.data:
             raise DecodeError("data and header do not fit [SKT-029]")
+
+    def check(self, text):
+        """The document must be one that this file can be decoded by."""
+        check_document(self.document, text)
 
     def spans(self):
         """The byte range of every tensor."""
@@ -149,6 +153,11 @@ def check_document(document, text):
             True,
         ):
             raise DecodeError(f"{name}: no such shape [SKT-073]")
+    check_seal(document, text)
+
+
+def check_seal(document, text):
+    """SKT-055."""
     # Only the root's member can stand there as an unescaped key with this very value.
     blank = text.replace(f'"seal":"{document["seal"]}"', f'"seal":"{"0" * 64}"')
     if hashlib.sha256(blank.encode()).hexdigest() != document["seal"]:

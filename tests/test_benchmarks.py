@@ -80,6 +80,19 @@ def test_blocks():
     assert re.search(rf"^Q4_1 +{speed} +{speed}$", printed, re.MULTILINE), printed
 
 
+def test_deltas(tiny, tmp_path):
+    import sketchconv
+
+    base = tmp_path / "tiny.sktch"
+    sketchconv.convert(tiny, base)
+    printed = bench("bench_deltas.py", base, "--rounds", 1, "--work", tmp_path)
+    assert "xor same: delta / tuned LUTs: " in printed
+    for line in ("create / safetensors", "apply / copy", "apply / safetensors", "revert / copy"):
+        assert len(re.findall(rf"{line}: {RATIO}", printed)) == 5, printed
+    assert printed.count("reverted file is the base: yes") == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.sktch"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc"

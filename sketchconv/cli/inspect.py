@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option("--all", "every", is_flag=True, help="One line per tensor instead of per kind.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout.")
 def command(path: str, *, every: bool, as_json: bool) -> None:
-    """Show what PATH holds: a .sktch, .safetensors or .gguf file, or a folder of them."""
+    """Show what PATH holds: a .sktch, .safetensors or .gguf file, a delta, or a folder of them."""
     from sketchconv.summary import fold_layers, summarise
 
     summary = summarise(path)
@@ -65,4 +65,4 @@ def _print_tensors(rows: Sequence[TensorRow]) -> None:
 def _stored_as(row: TensorRow) -> str:
     if row.storage == "sketch":
         return f"{row.bits}-bit {row.dtype} G={row.groups}"
-    return row.dtype if row.storage == "dense" else row.storage
+    return row.dtype if row.storage in ("dense", "delta") else row.storage

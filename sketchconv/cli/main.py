@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from importlib import import_module
 from types import FrameType
 from typing import IO, Any
 
 import click
 
 from sketchconv import __version__
+from sketchconv.cli.lazy import LazyGroup
 from sketchconv.errors import SketchconvError, Suspended
 
-# name -> module, attribute, one line of help: commands are imported when they are used.
+# name -> module, one line of help: commands are imported when they are used.
 _COMMANDS = {
     "convert": ("sketchconv.cli.convert", "Compress a checkpoint into a sketch."),
     "inspect": ("sketchconv.cli.inspect", "Show what a model file or folder holds."),
     "verify": ("sketchconv.cli.verify", "Check every digest and every rule of a sketch."),
     "eval": ("sketchconv.cli.eval", "Measure models: perplexity, KL to a reference, questions."),
     "generate": ("sketchconv.cli.generate", "Write text with a sketched language model."),
+    "delta": ("sketchconv.cli.delta", "Make, apply, revert and merge task deltas."),
     "doctor": ("sketchconv.cli.doctor", "Show which kernels run here and why; test them."),
 }
 
@@ -38,23 +39,8 @@ class _SuspendedRun(click.ClickException):
         click.echo(f"Interrupted: {self.message}.", file=file, err=True)
 
 
-class _LazyGroup(click.Group):
-    """A group that imports a command's module only to run it or to show its own help."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        command = import_module(_COMMANDS[cmd_name][0]).command
-        if not isinstance(command, click.Command):
-            raise TypeError(f"{_COMMANDS[cmd_name][0]}.command is not a click command")
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+class _Root(LazyGroup):
+    """The whole command line: our errors become one line each."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -70,7 +56,7 @@ class _LazyGroup(click.Group):
             raise click.ClickException(f"{place}{error.strerror or error}") from error
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Root, lazy=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sketchconv")
 def cli() -> None:
     """Compress models into lookup-table sketches, inspect, verify and run them."""

@@ -26,8 +26,8 @@ def show_progress(*, quiet: bool) -> Iterator[ProgressCallback | None]:
 
 
 @contextmanager
-def show_bytes() -> Iterator[Callable[[int, int], None] | None]:
-    """A callback for `verify` that draws a bar of bytes; nothing where there is no terminal."""
+def show_bytes(name: str = "verifying") -> Iterator[Callable[[int, int], None] | None]:
+    """A callback that draws a bar of bytes; nothing where there is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -36,7 +36,7 @@ def show_bytes() -> Iterator[Callable[[int, int], None] | None]:
 
     columns = (rp.BarColumn(), rp.DownloadColumn(), rp.TransferSpeedColumn())
     with rp.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("verifying", total=None)
+        task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

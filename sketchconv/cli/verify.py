@@ -14,7 +14,11 @@ import click
 @click.option("--revision", help="Branch, tag or commit of a hub id given to --against.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(path: str, *, against: str | None, revision: str | None, as_json: bool) -> None:
-    """Check the sketch at PATH; exit with 1 if anything is wrong."""
+    """Check the sketch or the delta at PATH; exit with 1 if anything is wrong.
+
+    With --against, errors are computed again from the source that a sketch was made from, and a
+    delta is compared with its base, and its results with their digests.
+    """
     from sketchconv.cli.progress import show_bytes
     from sketchconv.verify import verify
 

@@ -53,13 +53,18 @@ def test_the_committed_vectors_are_what_the_generator_makes(tmp_path):
     made, kept = files_below(tmp_path), files_below(VECTORS)
     assert made.keys() == kept.keys()
     assert [n for n in made if made[n].read_bytes() != kept[n].read_bytes()] == []
-    assert sum(p.stat().st_size for p in kept.values()) < 600_000
+    assert sum(p.stat().st_size for p in kept.values()) < 900_000
 
 
 def test_generator_and_decoder_share_no_code_with_us():
     allowed = {"argparse", "array", "functools", "hashlib", "json", "pathlib", "re", "struct"}
-    allowed |= {"sys", "vectorlib"}
-    for path in [SPEC / "make_vectors.py", SPEC / "decode.py", *SPEC.glob("vectorlib/*.py")]:
+    allowed |= {"copy", "decode", "sys", "vectorlib"}
+    for path in [
+        SPEC / "make_vectors.py",
+        SPEC / "decode.py",
+        SPEC / "decode_delta.py",
+        *SPEC.glob("vectorlib/*.py"),
+    ]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
