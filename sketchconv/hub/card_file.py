@@ -90,7 +90,7 @@ def _parts(body: str) -> tuple[str, str, str]:
 def _sections(ours: str) -> dict[str, str]:
     inner = ours.removesuffix(END)
     found = list(_SECTION.finditer(inner))
-    stops = [*(match.start() for match in found[1:]), len(inner)]
+    stops = [match.start() for match in found[1:]] + [len(inner)] * bool(found)
     return {m[1]: inner[m.end() : stop] for m, stop in zip(found, stops, strict=True)}
 
 

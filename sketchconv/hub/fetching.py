@@ -87,7 +87,7 @@ def _repository(spec: HubSpec, revision: str | None, dense: bool) -> Path:
     if ADAPTER[0] in names and not _WEIGHTS.intersection(names):
         licences = [n for n in names if n.startswith(("LICENSE", "LICENCE")) and is_side_file(n)]
         return _snapshot(repo, revision, [n for n in (*ADAPTER, *licences) if n in names])
-    ours = {s: [n for n in names if n.endswith(s)] for s in (".sktch", ".gguf")}
+    ours = {s: sorted(n for n in names if n.endswith(s)) for s in (".sktch", ".gguf")}
     if dense and (_WEIGHTS.intersection(names) or not any(ours.values())):
         return folder if folder is not None else download(repo, revision=revision).path
     for files in filter(None, ours.values()):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sketchconv.errors import HubError
-from sketchconv.hub.failures import explained, retried
+from sketchconv.hub.failures import explained, retried, status_of
 from sketchconv.hub.outgoing import Outgoing
 
 if TYPE_CHECKING:
@@ -128,10 +128,16 @@ class Remote:
 
     def create(self, *, private: bool) -> None:
         """Make the repository; it may be there by now."""
-        self._call(
-            "creating the repository",
-            lambda: self._api.create_repo(self.repo, private=private, exist_ok=True),
-        )
+        self._call("creating the repository", lambda: self._create(private))
+
+    def _create(self, private: bool) -> None:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            self._api.create_repo(self.repo, private=private)
+        except HfHubHTTPError as error:
+            if status_of(error) != 409:  # made by someone else, or by an attempt without answer
+                raise
 
     def branch(self, name: str) -> None:
         """Make a branch from the main one; it may be there by now."""

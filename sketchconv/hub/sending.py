@@ -99,6 +99,11 @@ class Push:
         if not state.exists:
             self.remote.create(private=target.private)
             state = self.remote.state(revision)
+            if not state.exists:
+                raise HubError(
+                    f"{self.remote.repo}: the Hub says that it is there (409), but does not show "
+                    "it; the token may not see it"
+                )
         if state.commit is None and revision is not None:
             self.remote.branch(revision)
             state = self.remote.state(revision)
