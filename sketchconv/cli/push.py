@@ -76,6 +76,18 @@ def _check_card_options(options: dict[str, Any]) -> None:
         raise click.UsageError(f"{given[0]} is about the card; leave out --no-card")
 
 
+class _Interrupted(click.ClickException):
+    """SIGINT or SIGTERM while something was being sent."""
+
+    exit_code = 130
+
+    def __init__(self) -> None:
+        super().__init__(
+            "interrupted. The one commit comes last, so the repository is as before, or complete; "
+            "what has arrived is not sent again: run `sketchconv push` (again)"
+        )
+
+
 @contextmanager
 def show_sending(*, quiet: bool) -> Iterator[Progress]:
     """One changing line on a terminal; huggingface_hub's own bars there, nowhere else."""
@@ -91,9 +103,13 @@ def show_sending(*, quiet: bool) -> Iterator[Progress]:
             sys.stderr.write(f"\r\033[K{stage} {name}{part}")
             sys.stderr.flush()
 
-    yield tick
-    if seen:
-        sys.stderr.write("\r\033[K")
+    try:
+        yield tick
+    except KeyboardInterrupt:
+        raise _Interrupted from None
+    finally:
+        if seen:
+            sys.stderr.write("\r\033[K")
 
 
 def print_push(report: PushReport) -> None:

@@ -76,6 +76,7 @@ def _sketch(model: Model) -> Facts:
 
     with SktchModel.open(model.path) as sketch:
         manifest, config = sketch.manifest, sketch.config()
+        texts = [sketch.file(n) for n in sketch.files if n.startswith(("LICENSE", "LICENCE"))]
     summary = summarise(model.path)
     bits = Counter[int]()
     for record in manifest.sketches.values():
@@ -94,6 +95,7 @@ def _sketch(model: Model) -> Facts:
         model,
         tuple(rows),
         base=words.hub_id(source.get("id")),
+        license=next(filter(None, map(words.license_of, texts)), None),
         task=words.task_of(config, model),
         tags=("sketchconv", "sktch", *(f"{width}-bit" for width, _ in usual)),
     )

@@ -7,12 +7,10 @@ from typing import Any, Final
 
 from sketchconv.errors import HubError
 from sketchconv.hub.facts import Facts
+from sketchconv.hub.words import license_of
 
 # What a card inherits from that of its base.
 _INHERITED: Final = ("license", "license_name", "license_link", "language")
-_APACHE: Final = b"Apache License"
-_TEXTS: Final = ((_APACHE, "apache-2.0"), (b"MIT License", "mit"))
-_HEAD: Final = 400
 
 
 def card_metadata(
@@ -96,8 +94,7 @@ def _license(
 
 
 def _of_text(name: str, data: Any) -> dict[str, str]:
-    head = data[:_HEAD] if isinstance(data, bytes) else b""
-    for text, license_id in _TEXTS:
-        if text in head:
-            return {"license": license_id}
+    known = license_of(data) if isinstance(data, bytes) else None
+    if known is not None:
+        return {"license": known}
     return {"license": "other", "license_name": "see-file", "license_link": name}

@@ -76,4 +76,5 @@ class PushReport:
             ],
             "left_behind": list(self.left),
             "notes": list(self.notes),
+            "card": self.card,
         }

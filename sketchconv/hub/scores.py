@@ -28,7 +28,7 @@ def read_scores(path: str | os.PathLike[str]) -> dict[str, Any]:
         score_lines(value)
     except OSError as error:
         raise HubError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise HubError(f"{path}: not what `sketchconv eval --json` prints") from None
     return dict(value)
 
@@ -37,8 +37,10 @@ def score_lines(value: Mapping[str, Any]) -> list[str]:
     """The lines of a Markdown table, and how it was measured.
 
     Raises:
-        KeyError, TypeError, ValueError: the value is no evaluation.
+        LookupError, TypeError, ValueError: the value is no evaluation.
     """
+    if not value["models"]:
+        raise ValueError("no models")
     models = [*([value["reference"]] if value["reference"] else []), *value["models"]]
     rows = [row for model in models for row in _text_rows(model)]
     cut = value["cut"]
@@ -49,7 +51,7 @@ def score_lines(value: Mapping[str, Any]) -> list[str]:
         lines += [
             "",
             f"Windows of {int(cut['seq_len'])} tokens, stride {stride}, "
-            f"{int(value['models'][0]['texts'][0]['windows'])} of them. KL in nats per token, "
+            f"{int(models[0]['texts'][0]['windows'])} of them. KL in nats per token, "
             "+- standard error.",
         ]
     return lines + [line for model in models for line in _choice_lines(model)]

@@ -12,6 +12,8 @@ from sketchconv.sources.hub import is_hub_id
 if TYPE_CHECKING:
     from sketchconv.formats.manifest import Manifest
 
+_LICENCES: Final = ((b"Apache License", "apache-2.0"), (b"MIT License", "mit"))
+_HEAD: Final = 400
 _TASKS: Final = (
     ("ForCausalLM", "text-generation"),
     ("LMHeadModel", "text-generation"),
@@ -55,6 +57,12 @@ def calibration(recipe: Mapping[str, Any]) -> str:
     texts = found.get("texts")
     names = ", ".join(map(str, texts)) if isinstance(texts, list) and texts else "self-written text"
     return f"{names}; {found.get('tokens')} tokens in windows of {found.get('seq_len')}"
+
+
+def license_of(text: bytes) -> str | None:
+    """The identifier of a licence by the head of its text; None if it is none of the usual."""
+    head = text[:_HEAD]
+    return next((name for mark, name in _LICENCES if mark in head), None)
 
 
 def origin(source: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ def push(models: list[str], repo: str, card: dict[str, Any] | None = None, **opt
     from sketchconv.hub import push as send
 
     report = send(models, repo, card=CardOptions(**(card or {})), **options)
-    return {**report.to_json(), "card": report.card}
+    return report.to_json()
 
 
 def fetch(spec: str, **options: Any) -> Any:

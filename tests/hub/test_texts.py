@@ -160,7 +160,9 @@ def test_scores(tmp_path):
 
 
 def test_facts(made):
-    rows = dict(facts_of(find_model(made / "model.sktch")).rows)
+    bundle = facts_of(find_model(made / "model.sktch"))
+    assert (bundle.base, bundle.license) == (None, "apache-2.0")
+    rows = dict(bundle.rows)
     assert rows["Bits"] == "4"
     assert rows["Groups per row"] == "1"
     assert rows["Calibration data"] == "none"
