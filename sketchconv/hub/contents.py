@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from sketchconv.errors import HubError
-from sketchconv.formats.delta import ADAPTER_CONFIG, ADAPTER_NAME, is_delta
+from sketchconv.formats.delta import is_delta
+from sketchconv.formats.rules import ADAPTER_CONFIG, ADAPTER_NAME
 from sketchconv.formats.sharding import INDEX_NAME
 from sketchconv.hub.outgoing import Outgoing
 from sketchconv.hub.secrets import find_secret

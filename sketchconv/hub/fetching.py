@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Final
 
 from sketchconv.errors import HubError, SourceError
-from sketchconv.hub.spec import HubSpec, parse_spec
+from sketchconv.formats.rules import ADAPTER_CONFIG, ADAPTER_NAME
+from sketchconv.hub.spec import HubSpec, is_weight_file, parse_spec
 from sketchconv.sources.config import MAX_CONFIG_BYTES, parse_json, read_limited
 from sketchconv.sources.files import is_side_file
 from sketchconv.sources.hub import download, explained
 from sketchconv.sources.shards import INDEX, MAX_INDEX_BYTES, SINGLE, parse_weight_map
 
-ADAPTER: Final = ("sketch_adapter.safetensors", "sketch_adapter_config.json")
+_ADAPTER: Final = (ADAPTER_NAME, ADAPTER_CONFIG)
 _CONFIG: Final = "config.json"
 _WEIGHTS: Final = frozenset({SINGLE, INDEX})
 _SHOWN: Final = 5
@@ -84,10 +85,13 @@ def _repository(spec: HubSpec, revision: str | None, dense: bool) -> Path:
     if _is_sketch(repo, names, revision):
         wanted = [name for name in names if is_side_file(name)]
         return _snapshot(repo, revision, [*wanted, *_weights(repo, names, revision)])
-    if ADAPTER[0] in names and not _WEIGHTS.intersection(names):
+    if ADAPTER_NAME in names and not _WEIGHTS.intersection(names):
         licences = [n for n in names if n.startswith(("LICENSE", "LICENCE")) and is_side_file(n)]
-        return _snapshot(repo, revision, [n for n in (*ADAPTER, *licences) if n in names])
-    ours = {s: sorted(n for n in names if n.endswith(s)) for s in (".sktch", ".gguf")}
+        return _snapshot(repo, revision, [n for n in (*_ADAPTER, *licences) if n in names])
+    ours = {
+        s: sorted(n for n in names if n.endswith(s) and is_weight_file(n))
+        for s in (".sktch", ".gguf")
+    }
     if dense and (_WEIGHTS.intersection(names) or not any(ours.values())):
         return folder if folder is not None else download(repo, revision=revision).path
     for files in filter(None, ours.values()):

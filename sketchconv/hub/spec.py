@@ -24,6 +24,11 @@ class HubSpec:
     file: str | None = None
 
 
+def is_weight_file(name: str) -> bool:
+    """Whether a path in a repository is one of a weight file, with no hidden part and no `..`."""
+    return _FILE.fullmatch(name) is not None
+
+
 def parse_spec(text: str) -> HubSpec | None:
     """Read a spec; None if the text can only be a local path.
 
@@ -37,4 +42,4 @@ def parse_spec(text: str) -> HubSpec | None:
         return None
     if not colon:
         return HubSpec(repo)
-    return HubSpec(repo, file) if _FILE.fullmatch(file) else None
+    return HubSpec(repo, file) if is_weight_file(file) else None

@@ -45,6 +45,7 @@ def hub(server):
     server.requests.clear()
     server.received.clear()
     server.put_bytes = 0
+    server.stalled.clear()
     return server
 
 

@@ -25,18 +25,19 @@ class Client:
 
     def __init__(self, address: str, home: Path) -> None:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        self.environment = {
+            **kept,
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+        }
         self._errors = (home / "stderr").open("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_HERE / "driver.py")],
-            env={
-                **kept,
-                "HF_ENDPOINT": address,
-                "HF_HOME": str(home),
-                "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "NO_PROXY": "127.0.0.1",
-                "OMP_NUM_THREADS": "1",
-            },
+            env=self.environment,
             cwd=home,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

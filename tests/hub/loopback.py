@@ -54,7 +54,8 @@ class Repo:
 class Fault:
     """What to do instead of answering requests whose method and path match, `times` times.
 
-    kind: a status; `reset` breaks the connection; `truncate` cuts the answer off; `lost` acts but
+    kind: a status; `reset` breaks the connection; `early` does before the body was read; `stall`
+    reads no more until the client has gone; `truncate` cuts the answer off; `lost` acts but
     never answers; `corrupt` stores other bytes; `html` answers 200 with a web page.
     """
 
@@ -79,6 +80,7 @@ class Hub(ThreadingHTTPServer):
         self.received = bytearray()
         self.put_bytes = 0
         self.lock = threading.RLock()
+        self.stalled = threading.Event()
 
     @property
     def address(self) -> str:
@@ -105,8 +107,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        fault = self._fault("early")
-        if fault:
+        if self._broken():
             return
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = b"".join(iter(self._chunk, b""))
@@ -130,14 +131,19 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return data
 
-    def _fault(self, *kinds: str) -> Fault | None:
-        """A fault before the body is read: the connection breaks in the middle of sending."""
+    def _broken(self) -> bool:
+        """Whether the connection broke before the body was read."""
         for fault in self.server.faults:
-            if self._matches(fault) and fault.kind in kinds:
+            if self._matches(fault) and fault.kind in ("early", "stall"):
                 fault.times -= 1
+                if fault.kind == "stall":
+                    self.server.stalled.set()
+                    self.connection.recv(1)  # of the body; then until the end of the client
+                    while self.connection.recv(1 << 16):
+                        pass
                 self._reset()
-                return fault
-        return None
+                return True
+        return False
 
     def _matches(self, fault: Fault) -> bool:
         return fault.times > 0 and fault.method == self.command and fault.part in self.path

@@ -148,6 +148,13 @@ def test_downloads(hub, client, made, tmp_path, name):
         assert file.read() == data
 
 
+def test_a_hub_that_names_files_outside(hub, client):
+    hub.add("user/evil", {"../../evil.sktch": b"x", "/evil.gguf": b"x", ".hidden.sktch": b"x"})
+    with pytest.raises(Refused, match="holds no sketch, no delta and no GGUF file"):
+        client("fetch", "user/evil")
+    assert not any("/resolve/" in line for line in hub.requests)
+
+
 def test_the_token_is_never_shown(hub, client, made):
     for name in ("401 info", "502 put", "reset put", "429 commit"):
         status = int(name[:3]) if name[0].isdigit() else "early"

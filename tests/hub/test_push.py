@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -288,3 +290,45 @@ def test_convert_and_publish(hub, client, made, tmp_path):
     assert "digests of all" in done["out"]
     sent = hub.repos["user/d"].files()
     assert sent["model.safetensors"] == (tmp_path / "dense/model.safetensors").read_bytes()
+
+    # A sketch on the Hub is a source as one on disk is.
+    client("push", [str(made / "folder")], "user/s")
+    done = client("command", "convert", "user/s", str(tmp_path / "again"), "--dense")
+    assert done["code"] == 0, done
+    assert (tmp_path / "again/model.safetensors").read_bytes() == sent["model.safetensors"]
+
+
+def test_what_eval_measures_goes_into_the_card(hub, client, made, tmp_path):
+    client("push", [str(made / "folder")], "user/s")
+    (tmp_path / "words.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
+    cut = ["--text", str(tmp_path / "words.txt"), "--windows", "2", "--seq-len", "16"]
+    done = client("command", "eval", "user/s", *cut, "--device", "cpu", "--json", "--quiet")
+    assert done["code"] == 0, done
+    (tmp_path / "eval.json").write_text(done["out"])
+    measured = json.loads(done["out"])["models"][0]["texts"][0]["perplexity"]
+    scores = ("--eval", str(tmp_path / "eval.json"))
+    done = client("command", "push", str(made / "folder"), "user/s", *scores)
+    assert done["code"] == 0, done
+    body = card_of(hub.repos["user/s"])[1]
+    assert f"| words | {measured:.3f} |" in body
+    assert "Windows of 16 tokens, stride 16, 2 of them" in body
+
+
+def test_a_push_that_was_killed_goes_on(hub, client, made, tmp_path):
+    shards = sorted(p for p in (made / "shards").glob("*.safetensors"))
+    last = sha256(shards[-1].read_bytes())
+    hub.faults.append(Fault("PUT", last, "stall"))
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "sketchconv", "push", str(made / "shards"), "user/tiny"],
+        env={**client.environment, "HF_TOKEN": TOKEN},
+        cwd=tmp_path,
+    ) as process:
+        assert hub.stalled.wait(120)
+        process.kill()
+    assert len(hub.repos["user/tiny"].commits) == 1
+    hub.faults.clear()
+    before = hub.put_bytes
+    client("push", [str(made / "shards")], "user/tiny")
+    assert hub.put_bytes - before == shards[-1].stat().st_size
+    sent = hub.repos["user/tiny"].files()
+    assert all(sent[shard.name] == shard.read_bytes() for shard in shards)
