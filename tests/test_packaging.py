@@ -99,7 +99,14 @@ def test_formats_and_kernels_import_nothing_of_ours_but_themselves(installed, fo
 
 @pytest.mark.parametrize(
     "module",
-    ["sketchconv", "sketchconv.cli.main", "sketchconv.cli.convert", "sketchconv.formats.reader"],
+    [
+        "sketchconv",
+        "sketchconv.cli.main",
+        "sketchconv.cli.convert",
+        "sketchconv.cli.push",
+        "sketchconv.formats.reader",
+        "sketchconv.hub",
+    ],
 )
 def test_nothing_heavy_is_imported_at_start(module, tmp_path):
     code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
@@ -130,7 +137,7 @@ def test_importing_sketchconv_registers_the_quantizer_before_and_after_transform
 
 
 def test_help_answers_for_every_command(tmp_path):
-    for command in ("", "convert", "inspect", "verify", "generate", "doctor"):
+    for command in ("", "convert", "inspect", "verify", "generate", "push", "doctor"):
         arguments = [word for word in (command, "--help") if word]
         done = subprocess.run(
             [sys.executable, "-P", "-m", "sketchconv", *arguments],

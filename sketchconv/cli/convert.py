@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,6 +31,7 @@ from sketchconv.cli.sketch_options import calibration_of, recipe_of, sketch_opti
     "--max-shard-size", type=SIZE, help="Split larger outputs. [default: 5GB for a folder]"
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; write nothing.")
+@click.option("--push-to", metavar="REPO_ID", help="Then publish OUT there; see `push --help`.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -46,7 +49,11 @@ def command(src: str, out: str, **options: Any) -> None:
     how its matrices are stored; without it every value stays exact. With --calibration quantized
     types lose less: the columns that a text makes most use of count most. With --dense OUT becomes
     a plain Hugging Face folder of the decoded weights.
+
+    With --push-to the result is sent to a repository on the Hub, a private one if it is new; `push`
+    has more options. The token is checked before the work begins.
     """
+    _check_target(options)
     if options["dense"] and out.lower().endswith((".gguf", ".sktch")):
         raise click.UsageError("--dense makes a folder; name OUT without a suffix")
     if options["dense"]:
@@ -56,6 +63,42 @@ def command(src: str, out: str, **options: Any) -> None:
     else:
         refuse_export_options(options)
         _compress(src, out, options)
+    if options["push_to"] and not options["dry_run"]:
+        _push(out, options)
+
+
+def _check_target(options: dict[str, Any]) -> None:
+    """Refuse what could not be published, before hours of work."""
+    if options["push_to"] is None:
+        return
+    if options["as_json"]:
+        raise click.UsageError("--push-to prints a report of its own; run push after it for JSON")
+    from sketchconv.hub.pushing import check_target
+
+    check_target(options["push_to"])
+
+
+def _push(out: str, options: dict[str, Any]) -> None:
+    from sketchconv.cli.push import print_push, show_sending
+    from sketchconv.errors import SketchconvError
+    from sketchconv.hub.pushing import push
+
+    try:
+        with show_sending(quiet=options["quiet"]) as progress:
+            report = push(_written(out), options["push_to"], progress=progress)
+    except SketchconvError as error:
+        text = f"{out} was written, but not published: {error}; `sketchconv push` sends it"
+        raise click.ClickException(text) from error
+    print_push(report)
+
+
+def _written(out: str) -> str:
+    """OUT itself, or the first part of a GGUF that was split."""
+    path = Path(out)
+    if path.exists():
+        return out
+    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}-00001-of-*{path.suffix}"))
+    return str(parts[-1]) if parts else out
 
 
 def _compress(src: str, out: str, options: dict[str, Any]) -> None:

@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @click.argument("path", type=click.Path())
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--all", "every", is_flag=True, help="One line per tensor instead of per kind.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout.")
-def command(path: str, *, every: bool, as_json: bool) -> None:
-    """Show what PATH holds: a .sktch, .safetensors or .gguf file, a delta, or a folder of them."""
+def command(path: str, *, revision: str | None, every: bool, as_json: bool) -> None:
+    """Show what PATH holds: a .sktch, .safetensors or .gguf file, a delta, or a folder of them.
+
+    PATH may also be user/repo or user/repo:file on the Hub.
+    """
+    from sketchconv.hub.fetching import fetch
     from sketchconv.summary import fold_layers, summarise
 
-    summary = summarise(path)
+    summary = summarise(fetch(path, revision))
     if as_json:
         click.echo(json.dumps(summary.to_json(), indent=2))
         return

@@ -22,6 +22,7 @@ _COMMANDS = {
     "eval": ("sketchconv.cli.eval", "Measure models: perplexity, KL to a reference, questions."),
     "generate": ("sketchconv.cli.generate", "Write text with a sketched language model."),
     "delta": ("sketchconv.cli.delta", "Make, apply, revert and merge task deltas."),
+    "push": ("sketchconv.cli.push", "Publish models, deltas and GGUF files on the Hub."),
     "doctor": ("sketchconv.cli.doctor", "Show which kernels run here and why; test them."),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import click
 
@@ -11,19 +12,27 @@ import click
 @click.command("verify")
 @click.argument("path", type=click.Path())
 @click.option("--against", metavar="SRC", help="Recompute the errors against this source.")
-@click.option("--revision", help="Branch, tag or commit of a hub id given to --against.")
+@click.option(
+    "--revision", help="Branch, tag or commit of PATH if it is a hub id, else of --against."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(path: str, *, against: str | None, revision: str | None, as_json: bool) -> None:
     """Check the sketch or the delta at PATH; exit with 1 if anything is wrong.
+
+    PATH may also be user/repo or user/repo:file on the Hub.
 
     With --against, errors are computed again from the source that a sketch was made from, and a
     delta is compared with its base, and its results with their digests.
     """
     from sketchconv.cli.progress import show_bytes
+    from sketchconv.hub.fetching import fetch
     from sketchconv.verify import verify
 
+    own = None if Path(path).expanduser().exists() else revision
+    local = fetch(path, own)
+    revision = revision if own is None else None
     with show_bytes() as progress:
-        result = verify(path, against=against, revision=revision, progress=progress)
+        result = verify(local, against=against, revision=revision, progress=progress)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:

@@ -23,13 +23,14 @@ def resolve(name: str) -> Path:
         EvaluationError: it is neither a path that exists nor a hub id.
         HubError: the Hub refused.
     """
-    from sketchconv.sources.hub import download, is_hub_id
+    from sketchconv.hub.fetching import fetch
+    from sketchconv.hub.spec import parse_spec
 
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if is_hub_id(name) and path.suffix not in (".gguf", ".sktch"):
-        return download(name).path
+    if parse_spec(name) is not None:
+        return fetch(name, dense=True)
     raise EvaluationError(f"{name}: no such file or folder, and not a hub id (org/name)")
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sketchconv.errors import LoadError, SketchconvError
+from sketchconv.errors import HubError, LoadError, SketchconvError, SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,14 +31,18 @@ _TOKENIZERS = (
 def load(
     path: str | os.PathLike[str],
     auto_class: type[Any] | str | None = None,
+    *,
+    revision: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Open a sketch as a model of transformers, ready to run, with every parameter frozen.
 
     Args:
-        path: a bundle (`model.sktch`) or a folder.
+        path: a bundle (`model.sktch`), a folder, or on the Hub `user/repo` or
+            `user/repo:file.sktch`.
         auto_class: a class of transformers, or its name, for instance ``"AutoModel"``; None takes
             the class that was compressed.
+        revision: branch, tag or commit on the Hub.
         kwargs: for `from_pretrained`: `dtype`, `device_map`, `attn_implementation` and so on.
 
     Returns:
@@ -46,7 +50,9 @@ def load(
 
     Raises:
         LoadError: the sketch is damaged, incomplete, or does not fit the model.
+        HubError: the Hub refused, or the repository holds no sketch.
     """
+    path = _local(path, revision)
     with _opened(path) as sketch, _folder(sketch) as folder:
         config = sketch.config()
         _check_method(config, path)
@@ -58,12 +64,16 @@ def load(
     return model
 
 
-def load_tokenizer(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Open the tokenizer of a sketch (bundle or folder).
+def load_tokenizer(
+    path: str | os.PathLike[str], *, revision: str | None = None, **kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """Open the tokenizer of a sketch (bundle, folder or hub id; `revision` as for `load`).
 
     Raises:
         LoadError: there is none, or transformers cannot read it.
+        HubError: the Hub refused, or the repository holds no sketch.
     """
+    path = _local(path, revision)
     from transformers import AutoTokenizer
 
     with _opened(path) as sketch, _folder(sketch) as folder:
@@ -81,12 +91,22 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def _local(path: str | os.PathLike[str], revision: str | None) -> Path:
+    """The path itself, or that of what a hub id names."""
+    from sketchconv.hub.fetching import fetch
+
+    try:
+        return fetch(path, revision)
+    except HubError:
+        raise
+    except SourceError as error:
+        raise LoadError(str(error)) from None
+
+
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[SktchModel]:
     from sketchconv.formats.reader import SktchModel
 
-    if not Path(path).exists():
-        raise LoadError(f"{path}: there is no such file or folder")
     try:
         sketch = SktchModel.open(path)
     except (SketchconvError, OSError) as error:

@@ -48,7 +48,7 @@ def download(repo: str, *, revision: str | None = None) -> Snapshot:
     """
     from huggingface_hub.constants import is_offline_mode
 
-    with _explained(repo, revision):
+    with explained(repo, revision):
         if is_offline_mode():
             return _cached(repo, revision)
         return _download(repo, revision)
@@ -109,8 +109,8 @@ def _refuse_contents(repo: str, listed: list[str]) -> None:
 
 
 @contextmanager
-def _explained(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn the hub library's errors into one line each."""
+def explained(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn the hub library's errors into one line each, a `HubError`."""
     from huggingface_hub import errors
 
     # The base class of its HTTP library, which has had two names.

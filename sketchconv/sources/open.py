@@ -33,6 +33,10 @@ def open_source(spec: str, *, revision: str | None = None, sketches: bool = Fals
         FormatError: a weight file is not valid safetensors.
     """
     path = Path(spec).expanduser()
+    if not _exists(path) and sketches:
+        # What is on the Hub may be a sketch, too; a dense repository is downloaded as below.
+        path = _published(spec, revision) or path
+        revision = None if _exists(path) else revision
     if _exists(path):
         if revision is not None:
             raise SourceError(f"{spec}: a revision can be chosen only on the Hub, not for a path")
@@ -49,6 +53,14 @@ def open_source(spec: str, *, revision: str | None = None, sketches: bool = Fals
         )
     snapshot = download(spec, revision=revision)
     return CheckpointSource(snapshot.path, id=spec, revision=snapshot.revision)
+
+
+def _published(spec: str, revision: str | None) -> Path | None:
+    """The local path of a sketch or file on the Hub; None for a text that names none."""
+    from sketchconv.hub.fetching import fetch
+    from sketchconv.hub.spec import parse_spec
+
+    return None if parse_spec(spec) is None else fetch(spec, revision, dense=True)
 
 
 def is_gguf(spec: str) -> bool:
