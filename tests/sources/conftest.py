@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+# Test folders are no packages; the tiny models of exports are those of sources too.
+sys.path.append(str(Path(__file__).parent.parent / "export"))
 
 Arrays = Mapping[str, np.ndarray]
 MakeFolder = Callable[..., Path]
