@@ -64,3 +64,20 @@ def two_shards(make_folder: MakeFolder) -> Path:
             "model-00002-of-00002.safetensors": arrays("b.weight", "c.weight"),
         }
     )
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model by kind, made once; read only."""
+    from tiny import make_model
+
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            # llama.cpp asks for certain tokens where a model's name says phi3.
+            name = f"tiny-{kind}".replace("phi3", "fi")
+            made[kind] = make_model(tmp_path_factory.mktemp("model") / name, kind)
+        return made[kind]
+
+    return get
