@@ -66,6 +66,8 @@ def build_config(
         "dtype": dtype,
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "vocab_size": _vocabulary(header, where),
+        # Else transformers takes the number that its family usually has.
+        "pad_token_id": None,
         **_BUILDERS[arch.name](metadata),
     }
     for key, source in _SPECIAL_TOKENS.items():
