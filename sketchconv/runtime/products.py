@@ -68,7 +68,8 @@ def multiply_few(x: Tensor, index: Tensor, scale: Tensor, grid: str, bits: int) 
     """`x @ W.T` in CPU memory for few tokens, by a kernel that reads codes and scales only.
 
     Sums are float32, the same at any number of threads; each token has the result that it has
-    alone. SmolLM2's shapes on one thread: 4 to 13 times the speed of tiles for one token.
+    alone. One token with 4096 x 4096 weights took a fifth to a tenth of the time of tiles (one
+    thread), eight tokens half.
     """
     if x.dtype is torch.float16:
         return multiply_few(x.float(), index, scale, grid, bits).half()
