@@ -190,4 +190,4 @@ def _row_dots(
     return result(*given, *[v.types.int64] * 6), codegen
 
 
-row_dots: Any = intrinsic(prefer_literal=True)(_row_dots)  # type: ignore[call-overload]
+row_dots: Any = intrinsic(prefer_literal=True)(_row_dots)

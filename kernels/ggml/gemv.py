@@ -118,7 +118,7 @@ def multiply_kernel(grid: str, bits: int, fast: bool, narrow: bool) -> Any:
         wide = np.empty((TILE_ROWS, 0 if quick else count), np.float32)
         for tile in range(begin, end, TILE_ROWS):
             last = min(tile + TILE_ROWS, end)
-            scales, scale_bytes = tables + 2 * tile * count, 2 * count
+            scales, scale_bytes = np.int64(tables + 2 * tile * count), 2 * count
             if not quick:
                 stored = carray(pointer_to(scales, np.uint16), (TILE_ROWS, count))
                 for row in range(last - tile):
