@@ -52,11 +52,11 @@ def open_model(path: Path, dtype: str) -> PreTrainedModel:
     return model
 
 
-def open_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that the file describes.
+def open_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that the file describes; None where it has none.
 
     Raises:
-        SourceError: there is none, or one of a kind that is not known.
+        SourceError: one of a kind that is not known, or a broken one.
         EvaluationError: transformers does not take it.
     """
     from transformers import AutoTokenizer
@@ -64,6 +64,8 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from sketchconv.sources.gguf import GgufSource
 
     with GgufSource(path) as source:
+        if "tokenizer.ggml.tokens" not in source.header.values:
+            return None
         files = source.files()
     with tempfile.TemporaryDirectory(prefix="sketchconv-") as folder:
         for name, data in files.items():

@@ -247,6 +247,16 @@ def test_special_tokens_beyond_the_vocabulary_are_left_out(exported, tmp_path):
         assert b"bos_token" not in source.files()["tokenizer_config.json"]
 
 
+def test_a_file_without_a_tokenizer_can_still_be_measured(exported, tmp_path):
+    from sketchconv.evaluation import gguf
+
+    keys = [f"{PRE}tokens", f"{PRE}token_type", f"{PRE}merges", f"{PRE}model"]
+    path = rewritten(exported("gpt2"), tmp_path / "x.gguf", dict.fromkeys(keys))
+    assert gguf.open_tokenizer(path) is None
+    assert gguf.open_model(path, "float32").config.vocab_size == 384
+    assert gguf.open_tokenizer(exported("gpt2")).bos_token_id == 1
+
+
 @pytest.fixture(scope="module")
 def split_good(models, tmp_path_factory):
     """Four good parts."""
