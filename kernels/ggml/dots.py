@@ -120,7 +120,18 @@ def _group_sums(
     return [b.load(total) for total in sums]
 
 
+def _add_minimum(
+    b: Any, minimum: Any, group_sums: Any, group: Any, groups: Any, falls: list[Any]
+) -> None:
+    """Add to `falls` what the minimum of a group gives with the sums of the activations."""
+    for token, fall in enumerate(falls):
+        place = b.mul(b.add(group, b.mul(groups, v.I64(token))), v.I64(4))
+        value = load(b, b.add(group_sums, place), v.F32)
+        b.store(b.fadd(b.load(fall), b.fmul(minimum, value)), fall)
+
+
 def _emit(b: Any, way: Way, count: int, given: list[Any]) -> list[Any]:
+    """Sums of one row; see `_row_dots` for the arguments."""
     index, scales, x, group_sums, groups, width = given
     if way.narrow:
         width = v.I64(BLOCK)
@@ -146,11 +157,7 @@ def _emit(b: Any, way: Way, count: int, given: list[Any]) -> list[Any]:
         for total, part in zip(totals, parts, strict=True):
             b.store(_add(b, way, step, part, b.load(total)), total)
         if way.fields > 1:
-            minimum = _scale(b, way, scales, group, 1)
-            for token, fall in enumerate(falls):
-                place = b.mul(b.add(group, b.mul(groups, v.I64(token))), v.I64(4))
-                value = load(b, b.add(group_sums, place), v.F32)
-                b.store(b.fadd(b.load(fall), b.fmul(minimum, value)), fall)
+            _add_minimum(b, _scale(b, way, scales, group, 1), group_sums, group, groups, falls)
     sums = [sum_lanes(b, [b.load(total)]) for total in totals]
     if way.fields > 1:
         sums = [b.fadd(total, b.load(fall)) for total, fall in zip(sums, falls, strict=True)]
