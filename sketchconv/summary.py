@@ -218,22 +218,27 @@ def _safetensors(path: Path) -> Summary:
 
 
 def _gguf(path: Path) -> Summary:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from sketchconv.formats.gguf_types import GGML_NUMBERS
+    from sketchconv.sources.gguf_parts import read_parts
 
-    from sketchconv.sources.gguf_header import read_header
-
-    header = read_header(path)
-    kinds = {int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType}
-    rows = []
+    parts = read_parts(path)
+    header, rows = parts.header, []
     for tensor in header.tensors.values():
-        name, block, size = kinds.get(tensor.kind, (f"type {tensor.kind}", 1, 0))
+        kind = GGML_NUMBERS.get(tensor.kind)
+        name, block, size = (
+            (f"type {tensor.kind}", 1, 0)
+            if kind is None
+            else (kind.name, kind.block, kind.block_bytes)
+        )
         nbytes = math.prod(tensor.shape) // block * size
-        if tensor.offset + nbytes > header.size:
+        if tensor.offset + nbytes > parts.sizes[tensor.part]:
             raise SourceError(f"{path}: cut off inside tensor {tensor.name!r}; download it again")
         rows.append(TensorRow(tensor.name, "dense", name, tensor.shape, nbytes))
-    facts = [("format", f"GGUF, {len(rows)} tensors, {len(header.values)} metadata keys")]
+    split = f" in {len(parts.paths)} parts" if len(parts.paths) > 1 else ""
+    count = f"{len(rows)} tensors{split}, {len(header.values)} metadata keys"
+    facts = [("format", f"GGUF, {count}")]
     facts += [(k, v) for k, v in header.values.items() if isinstance(v, str) and len(v) < 200]
-    return Summary(str(path), "gguf", _disk_bytes(path), tuple(facts), tuple(rows))
+    return Summary(str(path), "gguf", header.size, tuple(facts), tuple(rows))
 
 
 def _disk_bytes(path: Path) -> int:

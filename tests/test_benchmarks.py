@@ -65,6 +65,12 @@ def test_products(tmp_path):
         assert len(re.findall(line, printed)) == 2, printed
 
 
+def test_products_with_shaped_sketches():
+    printed = bench("bench_shaped_gemv.py", "--shapes", "24x96", "--tokens", 2, "--rounds", 1)
+    line = rf"bits: +{NUMBER} us; tiles {NUMBER} / ours = {NUMBER}; float32 / ours = {NUMBER}"
+    assert len(re.findall(line, printed)) == 5, printed
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="there is no peer to compare with"
 )

@@ -38,8 +38,9 @@ from sketchconv.cli.sketch_options import calibration_of, recipe_of, sketch_opti
 def command(src: str, out: str, **options: Any) -> None:
     """Compress the checkpoint SRC into the sketch OUT, or export SRC as GGUF.
 
-    SRC is a Hugging Face folder, a hub id (org/name) or a .gguf file. OUT is a path that ends in
-    .sktch (one self-contained file) or a folder to make (Hugging Face layout).
+    SRC is a Hugging Face folder, a hub id (org/name) or a .gguf file, of a split one any part. OUT
+    is a path that ends in .sktch (one self-contained file) or a folder to make (Hugging Face
+    layout).
 
     Without --calibration no text is needed. Where the architecture is known, --weighting moments
     weighs columns by second moments propagated through the network, and covariances propagates

@@ -38,21 +38,25 @@ def open_network(path: Path, *, dtype: str | None = None, device: str = "cpu") -
     """Load a causal language model to measure it.
 
     Args:
-        path: a dense or quantized Hugging Face folder, a sketch (file or folder) or a GGUF file,
-            which transformers turns into a dense model.
+        path: a dense or quantized Hugging Face folder, a sketch (file or folder) or a GGUF file
+            (any part of one that is split), whose weights are decoded.
         dtype: of the computation: "float32", "bfloat16" or "float16"; None takes the model's own.
         device: "cpu", "cuda" or "cuda:n".
 
     Raises:
         EvaluationError: transformers cannot open it, or it is no causal language model.
         LoadError: the sketch is damaged.
+        SourceError: the GGUF file is broken.
     """
+    from sketchconv.evaluation import gguf
     from sketchconv.summary import is_sketch
 
     if is_sketch(path):
         import sketchconv
 
         model: Any = sketchconv.load(path, **({} if dtype is None else {"dtype": dtype}))
+    elif gguf.is_read(path):
+        model = gguf.open_model(path, dtype or "float32")
     else:
         model = _from_transformers(path, dtype)
     try:
@@ -70,6 +74,7 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
     from sketchconv.errors import LoadError
+    from sketchconv.evaluation import gguf
     from sketchconv.runtime.load import load_tokenizer
     from sketchconv.summary import is_sketch
 
@@ -78,6 +83,8 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
             return load_tokenizer(path)
         except LoadError:
             return None
+    if gguf.is_read(path):
+        return gguf.open_tokenizer(path)
     if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
         return None
     place, options = _place(path)

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from sketchconv.errors import ArchitectureError
-from sketchconv.sources.gguf_names import LLAMA_LAYER, QWEN3_LAYER
+from sketchconv.sources import gguf_names as names
 
 Change = Literal["none", "rotary_q", "rotary_k", "plus_one", "transpose"]
 
@@ -26,7 +26,6 @@ class ExportArchitecture:
         layer: modules of a layer, Hugging Face name to GGUF name, without `.weight` or `.bias`.
         rotary: rows of q and k are stored in the order of adjacent rotary pairs.
         norm_offset: GGUF stores 1 + w for RMSNorm's weights.
-        output: whether an output matrix of its own is possible.
         biases: GGUF modules of a layer that may have a bias.
     """
 
@@ -37,7 +36,6 @@ class ExportArchitecture:
     layer: Mapping[str, str]
     rotary: bool = False
     norm_offset: bool = False
-    output: bool = True
     biases: frozenset[str] = frozenset()
 
     def gguf_name(self, name: str) -> str:
@@ -69,88 +67,37 @@ class ExportArchitecture:
         return "none"
 
 
-def _inverted(layer: Mapping[str, str]) -> dict[str, str]:
-    return {hugging_face: gguf for gguf, hugging_face in layer.items()}
+def _inverted(table: Mapping[str, str]) -> dict[str, str]:
+    return {hugging_face: gguf for gguf, hugging_face in table.items()}
 
 
-_GLOBALS: Final = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LLAMA: Final = _inverted(LLAMA_LAYER)
-_QWEN3: Final = _inverted(QWEN3_LAYER)
-_GEMMA2: Final = {
-    **_LLAMA,
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-_GEMMA3: Final = {
-    **_GEMMA2,
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-}
-_PHI3: Final = {
-    "input_layernorm": "attn_norm",
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_GPT2: Final = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-_GPT2_GLOBALS: Final = {
-    "transformer.wte.weight": "token_embd.weight",
-    "transformer.wpe.weight": "position_embd.weight",
-    "transformer.ln_f.weight": "output_norm.weight",
-    "transformer.ln_f.bias": "output_norm.bias",
-    "lm_head.weight": "output.weight",
-}
-_STACK: Final = "model.layers"
 _QKV: Final = frozenset({"attn_q", "attn_k", "attn_v"})
 _LLAMA_BIASES: Final = _QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 
+
+def _as_read(name: str, *classes: str, **settings: Any) -> ExportArchitecture:
+    """An architecture with the names, the order of rows and the norms of the one that is read."""
+    read = names.ARCHITECTURES[name]
+    return ExportArchitecture(
+        name,
+        classes or (read.model_class,),
+        _inverted(read.globals),
+        read.layers,
+        _inverted(read.layer),
+        rotary=read.rotary_pairs,
+        norm_offset=read.norm_offset,
+        **settings,
+    )
+
+
 _ALL: Final = (
-    ExportArchitecture(
-        "llama",
-        ("LlamaForCausalLM", "MistralForCausalLM"),
-        _GLOBALS,
-        _STACK,
-        _LLAMA,
-        rotary=True,
-        biases=_LLAMA_BIASES,
-    ),
-    ExportArchitecture("qwen2", ("Qwen2ForCausalLM",), _GLOBALS, _STACK, _LLAMA, biases=_QKV),
-    ExportArchitecture("qwen3", ("Qwen3ForCausalLM",), _GLOBALS, _STACK, _QWEN3),
-    ExportArchitecture(
-        "gemma2",
-        ("Gemma2ForCausalLM",),
-        _GLOBALS,
-        _STACK,
-        _GEMMA2,
-        norm_offset=True,
-        output=False,
-    ),
-    ExportArchitecture(
-        "gemma3", ("Gemma3ForCausalLM",), _GLOBALS, _STACK, _GEMMA3, norm_offset=True
-    ),
-    ExportArchitecture("phi3", ("Phi3ForCausalLM",), _GLOBALS, _STACK, _PHI3),
-    ExportArchitecture(
-        "gpt2",
-        ("GPT2LMHeadModel",),
-        _GPT2_GLOBALS,
-        "transformer.h",
-        _GPT2,
-        biases=frozenset(_GPT2.values()),
-    ),
+    _as_read("llama", "LlamaForCausalLM", "MistralForCausalLM", biases=_LLAMA_BIASES),
+    _as_read("qwen2", biases=_QKV),
+    _as_read("qwen3"),
+    _as_read("gemma2"),
+    _as_read("gemma3"),
+    _as_read("phi3"),
+    _as_read("gpt2", biases=frozenset(names.GPT2_LAYER)),
 )
 
 ARCHITECTURES: Final[Mapping[str, ExportArchitecture]] = MappingProxyType(

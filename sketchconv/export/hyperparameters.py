@@ -11,12 +11,9 @@ from sketchconv.errors import ArchitectureError
 from sketchconv.export.architectures import ExportArchitecture
 from sketchconv.export.rope import RopeTensors, longrope, plain_rope
 from sketchconv.formats import gguf_values as v
+from sketchconv.sources.gguf_config import PERIODS, WIDE_LAYERS
 
 _SILU: Final = ("silu", "swish")
-# Layers of the models that llama.cpp scales by hidden / heads instead of the head's size.
-_WIDE_LAYERS: Final = {"gemma2": 46, "gemma3": 62}
-# Every so many layers the last one attends to everything, the others to a window.
-_PERIODS: Final = {"gemma2": 2, "gemma3": 6}
 
 
 @dataclass(frozen=True)
@@ -151,9 +148,9 @@ def _phi3(build: _Build) -> None:
 
 
 def _gemma(build: _Build) -> None:
-    config, period = build.config, _PERIODS[build.name]
+    config, period = build.config, PERIODS[build.name]
     head_dim = _base(build, ("gelu_pytorch_tanh",))
-    wide = config.num_hidden_layers == _WIDE_LAYERS[build.name]
+    wide = config.num_hidden_layers == WIDE_LAYERS[build.name]
     scale = config.hidden_size // config.num_attention_heads if wide else head_dim
     build.require(
         config.query_pre_attn_scalar == scale,

@@ -67,8 +67,6 @@ def plan_export(
     steps = [_synthetic(name, values) for name, values in rope.items()]
     for name, target in targets.items():
         info = infos[name]
-        if target == "output.weight" and not architecture.output:
-            raise PlanError(f"{name}: llama.cpp's {architecture.name} has no output of its own")
         transposed = name in model.transposed
         change: Change = "transpose" if transposed else architecture.change(target)
         shape = info.shape[::-1] if transposed else info.shape

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +20,7 @@ from sketchconv.formats.gguf_layout import GgufInfo
 from sketchconv.sources.base import Source
 from sketchconv.sources.gguf import GgufSource
 from sketchconv.sources.gguf_blocks import GgufBlocks
-
-_REPLACED: Final = ("split.no", "split.count", "split.tensors.count")
+from sketchconv.sources.gguf_parts import SPLIT_KEYS
 
 
 class BlockRows:
@@ -49,7 +47,7 @@ class BlockRows:
         Raises:
             ArchitectureError: the file is of an architecture that is not read as a model.
         """
-        with GgufSource(self.paths[0]) as source:
+        with GgufSource(self.source.path) as source:
             names = {stored: name for name, stored in source.stored_names.items()}
             yield source, {step.name: names[step.name] for step in steps if step.name in names}
 
@@ -98,7 +96,7 @@ def _step(source: GgufBlocks, info: GgufInfo, recipe: ExportRecipe) -> ExportSte
 
 
 def _values(source: GgufBlocks, recipe: ExportRecipe, plan: ExportPlan) -> dict[str, bytes]:
-    values = {key: source.value_bytes(key) for key in source.header.values if key not in _REPLACED}
+    values = {key: source.value_bytes(key) for key in source.header.values if key not in SPLIT_KEYS}
     if recipe.name is not None:
         values["general.name"] = v.string(recipe.name)
     if recipe.tokenizer_pre is not None:

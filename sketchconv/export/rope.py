@@ -102,7 +102,7 @@ def longrope(
                 f"config: {key}_factor has {len(factors)} values, expected {rotary // 2}"
             )
         tensors[f"rope_factors_{key}.weight"] = factors
-    scale = length / original
+    scale = float(rope.get("factor") or length / original)
     attention = rope.get("attention_factor")
     if attention is None:
         attention = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0

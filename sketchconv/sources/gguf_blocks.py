@@ -6,52 +6,42 @@ For re-export: what is not asked to change passes through byte for byte.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-import numpy as np
-
 from sketchconv.errors import SourceError
-from sketchconv.formats.container import pread_exact
 from sketchconv.formats.gguf_layout import ALIGNMENT, GgufInfo
 from sketchconv.formats.gguf_types import GGML_NUMBERS
 from sketchconv.sources.base import Float32
-from sketchconv.sources.gguf_header import GgufHeader, read_header
+from sketchconv.sources.gguf_decode import decode_rows
+from sketchconv.sources.gguf_header import GgufHeader
+from sketchconv.sources.gguf_parts import GgufFiles, read_parts
 
 _MAX_ALIGNMENT: Final = 1 << 16
 
 
 class GgufBlocks:
-    """The tensors of one GGUF file by their own names, in the file's order.
+    """The tensors of one GGUF model, in one file or in parts, by their own names and in order.
 
     Raises:
-        SourceError: broken, cut off, split into parts, or of an unknown type.
+        SourceError: broken, cut off, parts that do not fit together, or of an unknown type.
     """
 
     format = "gguf"
 
     def __init__(self, path: Path) -> None:
-        self.id = path.name
-        self._path = path.resolve()
-        self.paths: tuple[Path, ...] = (self._path,)
-        self._header = read_header(self._path)
+        self.path = path
+        parts = read_parts(path)
+        self.id = parts.name
+        self.paths: tuple[Path, ...] = parts.paths
+        self._header, self._sizes = parts.header, parts.sizes
         self.nbytes = self._header.size
-        self._refuse_parts()
         self.alignment = self._alignment()
         self._tensors = {name: self._tensor(name) for name in self._header.tensors}
         self._refuse_overlaps()
-        self._fd: int | None = os.open(self._path, os.O_RDONLY)
-
-    def _refuse_parts(self) -> None:
-        parts = self._header.values.get("split.count", 0)
-        if isinstance(parts, int) and parts > 1:
-            raise SourceError(
-                f"{self.id}: one of {parts} parts of a split GGUF; join them first with"
-                " `llama-gguf-split --merge FIRST_PART WHOLE.gguf`"
-            )
+        self._files = GgufFiles(parts, self.id)
 
     def _alignment(self) -> int:
         found = self._header.values.get("general.alignment", ALIGNMENT)
@@ -71,27 +61,28 @@ class GgufBlocks:
                 f"{self.id}: rows of {name!r} have {found.shape[-1]} values, no multiple of"
                 f" {kind.block}"
             )
-        tensor = GgufInfo(name, found.shape, kind)
-        if found.offset + tensor.nbytes > self._header.size:
+        tensor, size = GgufInfo(name, found.shape, kind), self._sizes[found.part]
+        if found.offset + tensor.nbytes > size:
             raise SourceError(
-                f"{self.id}: tensor {name!r} ends at byte {found.offset + tensor.nbytes}, but the"
-                f" file has {self._header.size}; the download is cut off, repeat it"
+                f"{self.paths[found.part].name}: tensor {name!r} ends at byte"
+                f" {found.offset + tensor.nbytes}, but the file has {size}; the download is cut"
+                " off, repeat it"
             )
         return tensor
 
     def _refuse_overlaps(self) -> None:
         # A small file whose tensors share their bytes would become a huge one.
-        end, before = 0, ""
-        for name, tensor in sorted(
-            self._tensors.items(), key=lambda item: self._header.tensors[item[0]].offset
-        ):
-            offset = self._header.tensors[name].offset
-            if offset < end:
+        end, before, part = 0, "", -1
+        table = self._header.tensors
+        for name in sorted(self._tensors, key=lambda n: (table[n].part, table[n].offset)):
+            found = table[name]
+            if found.part == part and found.offset < end:
                 raise SourceError(
-                    f"{self.id}: tensor {name!r} begins at byte {offset}, inside {before!r}, which"
-                    f" ends at {end}; the file is broken"
+                    f"{self.paths[part].name}: tensor {name!r} begins at byte {found.offset},"
+                    f" inside {before!r}, which ends at {end}; the file is broken"
                 )
-            end, before = offset + tensor.nbytes, name
+            end, before = found.offset + self._tensors[name].nbytes, name
+            part = found.part
 
     @property
     def header(self) -> GgufHeader:
@@ -106,7 +97,7 @@ class GgufBlocks:
     def value_bytes(self, key: str) -> bytes:
         """One metadata value exactly as the file has it: type and value."""
         begin, end = self._header.spans[key]
-        return self._pread(begin, end - begin)
+        return self._files.read(0, begin, end - begin)
 
     def rows(self, name: str, begin: int, end: int) -> bytes:
         """The file's blocks of rows [begin, end); all axes but the last count as rows.
@@ -117,36 +108,18 @@ class GgufBlocks:
         tensor = self._tensors[name]
         if not 0 <= begin <= end <= math.prod(tensor.shape[:-1]):
             raise SourceError(f"{name!r}: rows {begin} to {end} of {list(tensor.shape)}")
-        offset = self._header.tensors[name].offset + begin * tensor.row_bytes
-        return self._pread(offset, (end - begin) * tensor.row_bytes)
+        found = self._header.tensors[name]
+        offset = found.offset + begin * tensor.row_bytes
+        return self._files.read(found.part, offset, (end - begin) * tensor.row_bytes)
 
     def float32(self, name: str, raw: bytes) -> Float32:
-        """The values of `raw` as float32 [rows, columns], dequantized as the `gguf` package does.
+        """The values of `raw` as float32 [rows, columns], bit for bit those of ggml.
 
         Raises:
             SourceError: the type cannot be dequantized.
         """
-        from gguf import GGMLQuantizationType, quants
-
-        tensor = self._tensors[name]
-        blocks = np.frombuffer(raw, np.uint8).reshape(-1, tensor.row_bytes)
-        try:
-            kind = GGMLQuantizationType(tensor.type.number)
-            values = quants.dequantize(blocks, kind)
-        except NotImplementedError:
-            raise SourceError(
-                f"{self.id}: {name!r} is {tensor.type.name}, which cannot be dequantized"
-            ) from None
-        rows: Float32 = np.asarray(values, np.float32).reshape(len(blocks), tensor.shape[-1])
-        return rows
-
-    def _pread(self, offset: int, count: int) -> bytes:
-        if self._fd is None:
-            raise SourceError(f"{self.id}: the source is closed")
-        return pread_exact(self._fd, count, offset, self.id)
+        return decode_rows(self._tensors[name], raw, self.id)
 
     def close(self) -> None:
-        """Close the file."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        """Close all files."""
+        self._files.close()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from sketchconv.errors import ArchitectureError
-from sketchconv.sources.gguf_header import GgufArray, GgufHeader, GgufValue
+from sketchconv.sources.gguf_header import GgufHeader
+from sketchconv.sources.gguf_metadata import Metadata
 from sketchconv.sources.gguf_names import GgufArchitecture
+from sketchconv.sources.gguf_rope import ROPE_KEYS, long_rope, plain_rope
 
-_UNDERSTOOD = frozenset(
+_COMMON: Final = frozenset(
     {
         "block_count",
         "context_length",
@@ -21,112 +20,62 @@ _UNDERSTOOD = frozenset(
         "vocab_size",
         "attention.head_count",
         "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-        "attention.layer_norm_rms_epsilon",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.finetuned",
         "tensor_data_layout",
     }
 )
-_SPECIAL_TOKENS = {
+_DECODER: Final = (
+    _COMMON
+    | ROPE_KEYS
+    | {"attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon"}
+)
+_WINDOW: Final = frozenset({"attention.sliding_window", "attention.sliding_window_pattern"})
+_SPECIAL_TOKENS: Final = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
-
-
-class _Metadata:
-    """Typed access to the keys of one architecture."""
-
-    def __init__(self, header: GgufHeader, arch: GgufArchitecture, where: str) -> None:
-        self.values = header.values
-        self.prefix = arch.name
-        self.where = where
-
-    def fail(self, message: str) -> ArchitectureError:
-        return ArchitectureError(f"{self.where}: {message}")
-
-    def get(self, key: str) -> GgufValue | None:
-        return self.values.get(f"{self.prefix}.{key}")
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            shown = "one value per layer" if isinstance(value, GgufArray) else repr(value)
-            raise self.fail(f"{self.prefix}.{key} is {shown}; expected one positive integer")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, (bool, str, GgufArray)) or value is None or not value > 0:
-            raise self.fail(f"{self.prefix}.{key} is {value!r}; expected a positive number")
-        # Shortest decimal of the stored float32: 1e-05 rather than 9.999999747378752e-06.
-        return float(str(np.float32(value)))
+WIDE_LAYERS: Final = {"gemma2": 46, "gemma3": 62}
+"""Layers of the models whose attention is scaled by hidden / heads instead of the head's size."""
+PERIODS: Final = {"gemma2": 2, "gemma3": 6}
+"""Every so many layers the last one attends to everything, the others to a window."""
 
 
 def build_config(
     header: GgufHeader,
     arch: GgufArchitecture,
     where: str,
-    rope_factors: Sequence[float] | None = None,
+    factors: Mapping[str, tuple[float, ...]],
+    dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """The config of the model in transformers' terms, with dtype bfloat16.
+    """The config of the model in transformers' terms.
 
     Args:
         header: the file's metadata and tensor table.
         arch: its architecture.
         where: the file's name, for errors.
-        rope_factors: the values of `rope_freqs.weight`, if the file has that tensor.
+        factors: the values of the tensors of rotary factors that the file has, by name.
+        dtype: that the config names.
 
     Raises:
         ArchitectureError: a key is missing, or asks for something that is not understood.
     """
-    metadata = _Metadata(header, arch, where)
-    _refuse_unknown(metadata)
+    metadata = Metadata(header, arch.name, where, factors)
     config: dict[str, Any] = {
         "architectures": [arch.model_class],
         "model_type": arch.model_type,
-        "dtype": "bfloat16",
-        "hidden_act": "silu",
-        "hidden_size": metadata.integer("embedding_length"),
-        "intermediate_size": metadata.integer("feed_forward_length"),
-        "num_hidden_layers": metadata.integer("block_count"),
-        "max_position_embeddings": metadata.integer("context_length"),
-        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "dtype": dtype,
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "vocab_size": _vocabulary(header, where),
+        # Else transformers takes the number that its family usually has.
+        "pad_token_id": None,
+        **_BUILDERS[arch.name](metadata),
     }
-    config.update(_attention(metadata, config["hidden_size"]))
-    config["rope_parameters"] = _rope(metadata, config["head_dim"], rope_factors)
-    if arch.model_type == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
     for key, source in _SPECIAL_TOKENS.items():
-        if source in header.values:
-            config[key] = header.values[source]
+        value = header.values.get(source)
+        known = isinstance(value, int) and not isinstance(value, bool)
+        if known and 0 <= value < config["vocab_size"]:  # type: ignore[operator]
+            config[key] = value
     return config
-
-
-def _refuse_unknown(metadata: _Metadata) -> None:
-    for key, value in metadata.values.items():
-        prefix, _, rest = key.partition(".")
-        if prefix != metadata.prefix or rest in _UNDERSTOOD:
-            continue
-        # Zero and False switch a feature off (an expert count of 0, for instance).
-        if isinstance(value, GgufArray) or value:
-            raise metadata.fail(
-                f"{key} = {value!r} is not understood, and ignoring it could give a wrong model;"
-                " convert the model's Hugging Face folder instead"
-            )
 
 
 def _vocabulary(header: GgufHeader, where: str) -> int:
@@ -136,74 +85,145 @@ def _vocabulary(header: GgufHeader, where: str) -> int:
     return embedding.shape[0]
 
 
-def _attention(metadata: _Metadata, hidden: int) -> dict[str, int]:
+def _sizes(metadata: Metadata) -> dict[str, Any]:
+    """What all decoders with RMSNorm and rotary positions share."""
+    hidden = metadata.integer("embedding_length")
     heads = metadata.integer("attention.head_count")
-    key_length = metadata.integer("attention.key_length", max(hidden // heads, 1))
-    rotary = metadata.integer("rope.dimension_count", key_length)
-    head_dim = metadata.integer("attention.key_length", rotary)
+    head_dim = metadata.integer("attention.key_length", max(hidden // heads, 1))
     value_length = metadata.integer("attention.value_length", head_dim)
-    if not head_dim == rotary == value_length:
+    if head_dim != value_length:
         raise metadata.fail(
-            f"key length {head_dim}, value length {value_length} and rotary dimensions {rotary}"
-            " differ, which is not supported"
+            f"key length {head_dim} and value length {value_length} differ, which is not supported"
         )
     return {
+        "hidden_size": hidden,
+        "intermediate_size": metadata.integer("feed_forward_length"),
+        "num_hidden_layers": metadata.integer("block_count"),
+        "max_position_embeddings": metadata.integer("context_length"),
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
     }
 
 
-def _rope(metadata: _Metadata, head_dim: int, factors: Sequence[float] | None) -> dict[str, Any]:
-    base = metadata.number("rope.freq_base", 10000.0)
-    rope: dict[str, Any] = {"rope_theta": base, "rope_type": "default"}
-    kind = metadata.get("rope.scaling.type")
-    if factors is not None:
-        if kind not in (None, "none"):
-            raise metadata.fail(f"both {kind!r} scaling and rope_freqs.weight")
-        return {**rope, **_llama3_scaling(metadata, base, head_dim, factors)}
-    if kind in (None, "none"):
-        return rope
-    if kind not in ("linear", "yarn"):
-        raise metadata.fail(f"rope scaling {kind!r} is not supported")
-    rope.update(rope_type=kind, factor=metadata.number("rope.scaling.factor"))
-    if kind == "yarn":
-        original = metadata.integer("rope.scaling.original_context_length")
-        rope["original_max_position_embeddings"] = original
-    return rope
-
-
-def _llama3_scaling(
-    metadata: _Metadata, base: float, head_dim: int, factors: Sequence[float]
-) -> dict[str, Any]:
-    """Llama 3.1's parameters, accepted only if they give back the factors in the file.
-
-    GGUF keeps the resulting factor of each rotary frequency and not the four parameters. All
-    Llama 3.1 to 3.3 models share three of them; the fourth is the largest factor.
-    """
-    factor = float(max(factors, default=1.0))
-    found = {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    expected = _llama3_factors(base, head_dim, factor)
-    if len(factors) != len(expected) or not np.allclose(factors, expected, rtol=1e-4):
+def _decoder(metadata: Metadata) -> dict[str, Any]:
+    """Sizes of a decoder that rotates whole heads."""
+    sizes = _sizes(metadata)
+    rotary = metadata.integer("rope.dimension_count", sizes["head_dim"])
+    if rotary != sizes["head_dim"]:
         raise metadata.fail(
-            "rope_freqs.weight is not Llama 3's frequency scaling, and others are not supported;"
-            " convert the model's Hugging Face folder instead"
+            f"key length {sizes['head_dim']} and rotary dimensions {rotary} differ, which is not"
+            " supported"
         )
-    return found
+    return sizes
 
 
-def _llama3_factors(base: float, head_dim: int, factor: float) -> list[float]:
-    """Divisor of each rotary frequency under Llama 3.1's rule with factors 1 and 4, length 8192."""
-    factors = []
-    for index in range(0, head_dim, 2):
-        wavelength = 2 * math.pi * base ** (index / head_dim)
-        smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
-        smooth = min(max(smooth, 0.0), 1.0)
-        factors.append(1.0 / ((1 - smooth) / factor + smooth))
-    return factors
+def _llama(metadata: Metadata) -> dict[str, Any]:
+    config = _qwen(metadata)
+    config["attention_bias"] = "blk.0.attn_q.bias" in metadata.tensors
+    config["mlp_bias"] = "blk.0.ffn_up.bias" in metadata.tensors
+    return config
+
+
+def _qwen(metadata: Metadata) -> dict[str, Any]:
+    metadata.refuse_unknown(_DECODER)
+    sizes = _decoder(metadata)
+    rope = plain_rope(metadata, sizes["head_dim"])
+    return {**sizes, "hidden_act": "silu", "rope_parameters": rope}
+
+
+def _gemma(metadata: Metadata, understood: frozenset[str]) -> dict[str, Any]:
+    metadata.refuse_unknown(_DECODER | _WINDOW | understood)
+    sizes = _decoder(metadata)
+    layers, name = sizes["num_hidden_layers"], metadata.prefix
+    period = metadata.integer("attention.sliding_window_pattern", PERIODS[name])
+    wide = layers == WIDE_LAYERS[name]
+    if layers > len(metadata.tensors):
+        raise metadata.fail(f"{name}.block_count is {layers}, more than there are tensors")
+    return {
+        **sizes,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": (
+            sizes["hidden_size"] // sizes["num_attention_heads"] if wide else sizes["head_dim"]
+        ),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": [
+            "sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)
+        ],
+    }
+
+
+def _gemma2(metadata: Metadata) -> dict[str, Any]:
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    config = _gemma(metadata, frozenset(caps))
+    config["rope_parameters"] = plain_rope(metadata, config["head_dim"])
+    config.update({key: metadata.number(key, usual) for key, usual in caps.items()})
+    return config
+
+
+def _gemma3(metadata: Metadata) -> dict[str, Any]:
+    config = _gemma(metadata, frozenset({"final_logit_softcapping", "rope.freq_base_swa"}))
+    config["rope_parameters"] = {
+        "full_attention": plain_rope(metadata, config["head_dim"]),
+        "sliding_attention": {
+            "rope_type": "default",
+            "rope_theta": metadata.number("rope.freq_base_swa", 10000.0),
+        },
+    }
+    capped = metadata.get("final_logit_softcapping")
+    config["final_logit_softcapping"] = (
+        metadata.number("final_logit_softcapping") if capped else None
+    )
+    return config
+
+
+def _phi3(metadata: Metadata) -> dict[str, Any]:
+    metadata.refuse_unknown(_DECODER | {"attention.sliding_window", "rope.scaling.attn_factor"})
+    config = _sizes(metadata)
+    head_dim, length = config.pop("head_dim"), config["max_position_embeddings"]
+    if head_dim * config["num_attention_heads"] != config["hidden_size"]:
+        raise metadata.fail(f"heads of {head_dim} do not fill the width {config['hidden_size']}")
+    rotary = metadata.integer("rope.dimension_count", head_dim)
+    if rotary > head_dim:
+        raise metadata.fail(f"{rotary} rotary dimensions, but a head has {head_dim}")
+    rope = {**long_rope(metadata, rotary), "partial_rotary_factor": rotary / head_dim}
+    window = metadata.get("attention.sliding_window")
+    return {
+        **config,
+        "hidden_act": "silu",
+        "original_max_position_embeddings": metadata.integer(
+            "rope.scaling.original_context_length", length
+        ),
+        "rope_parameters": rope,
+        # Zero stands for none.
+        "sliding_window": metadata.integer("attention.sliding_window") if window else None,
+    }
+
+
+def _gpt2(metadata: Metadata) -> dict[str, Any]:
+    metadata.refuse_unknown(_COMMON | {"attention.layer_norm_epsilon"})
+    hidden, heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
+    if metadata.integer("attention.head_count_kv", heads) != heads:
+        raise metadata.fail("gpt2 with fewer heads of keys than of queries is not supported")
+    inner = metadata.integer("feed_forward_length")
+    return {
+        "activation_function": "gelu_new",
+        "n_embd": hidden,
+        "n_head": heads,
+        "n_inner": None if inner == 4 * hidden else inner,
+        "n_layer": metadata.integer("block_count"),
+        "n_positions": metadata.integer("context_length"),
+        "layer_norm_epsilon": metadata.number("attention.layer_norm_epsilon"),
+    }
+
+
+_BUILDERS: Final[Mapping[str, Callable[[Metadata], dict[str, Any]]]] = {
+    "llama": _llama,
+    "qwen2": _qwen,
+    "qwen3": _qwen,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
+    "gpt2": _gpt2,
+}

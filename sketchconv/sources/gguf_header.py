@@ -50,12 +50,16 @@ GgufValue = int | float | bool | str | GgufArray
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor: its shape with rows first (the file has them last), ggml type, file offset."""
+    """One tensor: its shape with rows first (the file has them last), ggml type, file offset.
+
+    `part` is the number of the file, counted from 0, of a model that is split into several.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: int
     offset: int
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)

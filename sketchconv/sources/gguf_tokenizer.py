@@ -6,61 +6,35 @@ split before the merges decides which tokens come out, so an unknown splitter is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from sketchconv.errors import SourceError
 from sketchconv.sources.config import dump_json
-from sketchconv.sources.gguf_header import (
-    GgufArray,
-    GgufHeader,
-    GgufValue,
-    read_numbers,
-    read_strings,
-)
+from sketchconv.sources.gguf_header import GgufArray, GgufHeader, read_strings
 from sketchconv.sources.gguf_splitters import SPLITTERS
+from sketchconv.sources.gguf_vocabulary import (
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+    read_vocabulary,
+)
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
-_PREFIX = "tokenizer.ggml."
-_SPACE = "\u2581"
-
-
-@dataclass(frozen=True, slots=True)
-class _Vocabulary:
-    """Tokens in the order of their ids, with their types and scores, and the settings."""
-
-    tokens: list[str]
-    types: list[int]
-    scores: list[float]
-    merges: list[str]
-    settings: Mapping[str, GgufValue]
-    where: str
-
-    def setting(self, key: str, default: GgufValue | None = None) -> GgufValue | None:
-        return self.settings.get(_PREFIX + key, default)
-
-    def token(self, key: str) -> str | None:
-        """The token whose id is the setting `key`."""
-        index = self.setting(key)
-        if not isinstance(index, int) or not 0 <= index < len(self.tokens):
-            return None
-        return self.tokens[index]
-
-    def ids(self) -> dict[str, int]:
-        """Token to id, without the padding that fills up the embedding matrix."""
-        pairs = zip(self.tokens, self.types, strict=True)
-        return {token: i for i, (token, kind) in enumerate(pairs) if kind != _UNUSED}
+_SPACE: Final = "\u2581"
+# Every cut of a token into two is tried; real ones have dozens of characters.
+_MAX_TOKEN: Final = 1024
+_NAME: Final = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
 def tokenizer_files(path: Path, header: GgufHeader) -> dict[str, bytes]:
-    """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (verbatim, if there).
+    """`tokenizer.json`, `tokenizer_config.json` and chat templates (verbatim, if there).
 
     Raises:
         SourceError: no tokenizer, or one of a kind or with a splitter that is not known.
     """
-    vocabulary = _read_vocabulary(path, header)
+    vocabulary = read_vocabulary(path, header)
     kind = vocabulary.setting("model")
     if kind == "gpt2":
         tokenizer = _byte_level(vocabulary)
@@ -70,39 +44,33 @@ def tokenizer_files(path: Path, header: GgufHeader) -> dict[str, bytes]:
         raise SourceError(
             f"{path.name}: tokenizer.ggml.model is {kind!r}; supported are 'gpt2' and 'llama'"
         )
-    files = {
+    return {
         "tokenizer.json": dump_json(tokenizer),
         "tokenizer_config.json": dump_json(_tokenizer_config(vocabulary, header)),
+        **_templates(path, header),
     }
+
+
+def _templates(path: Path, header: GgufHeader) -> dict[str, bytes]:
+    """Chat templates, verbatim: the default one, and others by name."""
+    files = {}
     template = header.values.get("tokenizer.chat_template")
     if isinstance(template, str):
         files["chat_template.jinja"] = template.encode()
+    named = header.values.get("tokenizer.chat_templates")
+    for name in read_strings(path, named) if isinstance(named, GgufArray) else ():
+        text = header.values.get(f"tokenizer.chat_template.{name}")
+        # Names become those of files.
+        if _NAME.fullmatch(name) is None or not isinstance(text, str):
+            raise SourceError(
+                f"{path.name}: tokenizer.chat_templates names {name!r}, which has no text or is no"
+                " plain name"
+            )
+        files[f"additional_chat_templates/{name}.jinja"] = text.encode()
     return files
 
 
-def _read_vocabulary(path: Path, header: GgufHeader) -> _Vocabulary:
-    def array(key: str) -> GgufArray | None:
-        value = header.values.get(_PREFIX + key)
-        return value if isinstance(value, GgufArray) else None
-
-    tokens, types, scores, merges = (array(k) for k in ("tokens", "token_type", "scores", "merges"))
-    if tokens is None:
-        raise SourceError(f"{path.name}: no tokenizer in the metadata (tokenizer.ggml.tokens)")
-    texts = read_strings(path, tokens)
-    vocabulary = _Vocabulary(
-        texts,
-        [int(t) for t in read_numbers(path, types)] if types else [1] * len(texts),
-        read_numbers(path, scores) if scores else [],
-        read_strings(path, merges) if merges else [],
-        header.values,
-        path.name,
-    )
-    if len(vocabulary.types) != len(texts) or (scores and len(vocabulary.scores) != len(texts)):
-        raise SourceError(f"{path.name}: token types or scores do not match {len(texts)} tokens")
-    return vocabulary
-
-
-def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
+def _byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
     name = vocabulary.setting("pre")
     if not isinstance(name, str) or name not in SPLITTERS:
         raise SourceError(
@@ -110,7 +78,7 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
             f" known are {', '.join(sorted(SPLITTERS))}; convert the Hugging Face folder instead"
         )
     splitter = SPLITTERS[name]
-    model = _bpe(vocabulary.ids(), [merge.split(" ", 1) for merge in vocabulary.merges])
+    model = _bpe(vocabulary.ids(), vocabulary.pairs())
     model["ignore_merges"] = splitter.whole_words
     byte_level = {"add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     return {
@@ -122,13 +90,20 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
     }
 
 
-def _sentence_piece(vocabulary: _Vocabulary) -> dict[str, Any]:
+def _sentence_piece(vocabulary: Vocabulary) -> dict[str, Any]:
     """SentencePiece BPE, as in Llama 2: spaces become U+2581, unknown text becomes bytes."""
     if not vocabulary.scores:
         raise SourceError(f"{vocabulary.where}: no tokenizer.ggml.scores")
-    model = _bpe(vocabulary.ids(), merges_from_scores(vocabulary.tokens, vocabulary.scores))
+    ids = vocabulary.ids()
+    longest = max(ids, key=len, default="")
+    if len(longest) > _MAX_TOKEN:
+        raise SourceError(
+            f"{vocabulary.where}: a token of {len(longest)} characters; at most {_MAX_TOKEN}"
+        )
+    merges = merges_from_scores(list(ids), [vocabulary.scores[i] for i in ids.values()])
+    model = _bpe(ids, merges)
     unknown = [
-        t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == _UNKNOWN
+        t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == UNKNOWN
     ]
     model.update(byte_fallback=True, fuse_unk=True, unk_token=unknown[0] if unknown else None)
     prefix = bool(vocabulary.setting("add_space_prefix", True))
@@ -150,7 +125,7 @@ def _sentence_piece(vocabulary: _Vocabulary) -> dict[str, Any]:
     }
 
 
-def _frame(vocabulary: _Vocabulary, *, begins: bool) -> dict[str, Any]:
+def _frame(vocabulary: Vocabulary, *, begins: bool) -> dict[str, Any]:
     """What the two kinds of `tokenizer.json` have in common."""
     return {
         "version": "1.0",
@@ -188,8 +163,8 @@ def _bpe(vocab: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
     }
 
 
-def _added_tokens(vocabulary: _Vocabulary) -> list[dict[str, Any]]:
-    special = {_UNKNOWN: True, _CONTROL: True, _USER_DEFINED: False}
+def _added_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    special = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
     return [
         {
             "id": index,
@@ -202,7 +177,7 @@ def _added_tokens(vocabulary: _Vocabulary) -> list[dict[str, Any]]:
     ]
 
 
-def _template(vocabulary: _Vocabulary, *, begins: bool) -> dict[str, Any] | None:
+def _template(vocabulary: Vocabulary, *, begins: bool) -> dict[str, Any] | None:
     """Adds the begin and end tokens that the metadata asks for (`begins`: if it is silent)."""
     first = (
         vocabulary.token("bos_token_id") if vocabulary.setting("add_bos_token", begins) else None
@@ -227,7 +202,7 @@ def _template(vocabulary: _Vocabulary, *, begins: bool) -> dict[str, Any] | None
     }
 
 
-def _tokenizer_config(vocabulary: _Vocabulary, header: GgufHeader) -> dict[str, Any]:
+def _tokenizer_config(vocabulary: Vocabulary, header: GgufHeader) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -241,6 +216,9 @@ def _tokenizer_config(vocabulary: _Vocabulary, header: GgufHeader) -> dict[str, 
         ("eos_token", "eos_token_id"),
         ("unk_token", "unknown_token_id"),
         ("pad_token", "padding_token_id"),
+        ("sep_token", "seperator_token_id"),  # spelt so in GGUF
+        ("cls_token", "cls_token_id"),
+        ("mask_token", "mask_token_id"),
     ):
         token = vocabulary.token(key)
         if token is not None:

@@ -69,6 +69,24 @@ def test_gradients_are_those_of_plain_torch(grid, bits, tokens, monkeypatch):
     torch.testing.assert_close(found, scale.grad, rtol=2e-3, atol=2e-3 * float(scale.grad.std()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_few_tokens_have_the_results_that_they_have_alone(dtype, monkeypatch):
+    monkeypatch.setattr(products, "PARALLEL_WEIGHTS", 1)  # several threads
+    made, x = module("affine", 5), torch.randn(8, COLUMNS).to(dtype)
+    together = made(x)
+    for token in range(8):
+        assert torch.equal(made(x[token]), together[token])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(made(x), together)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(products, "FUSED_TOKENS", 0)
+    room = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    torch.testing.assert_close(made(x), together, rtol=room, atol=room)
+
+
 def test_casts_leave_scales_alone():
     made = module("affine", 4)
     before = made.sketch_scale.detach().clone()

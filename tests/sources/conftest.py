@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+# Test folders are no packages; the tiny models of exports are those of sources too.
+sys.path.append(str(Path(__file__).parent.parent / "export"))
 
 Arrays = Mapping[str, np.ndarray]
 MakeFolder = Callable[..., Path]
@@ -60,3 +64,20 @@ def two_shards(make_folder: MakeFolder) -> Path:
             "model-00002-of-00002.safetensors": arrays("b.weight", "c.weight"),
         }
     )
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model by kind, made once; read only."""
+    from tiny import make_model
+
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            # llama.cpp asks for certain tokens where a model's name says phi3.
+            name = f"tiny-{kind}".replace("phi3", "fi")
+            made[kind] = make_model(tmp_path_factory.mktemp("model") / name, kind)
+        return made[kind]
+
+    return get
