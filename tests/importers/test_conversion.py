@@ -125,6 +125,23 @@ def test_chunks_change_no_byte(tmp_path, monkeypatch):
     assert (tmp_path / "a.sktch").read_bytes() == (tmp_path / "b.sktch").read_bytes()
 
 
+@pytest.mark.parametrize("at", [3, 9, 17])
+def test_an_interrupted_import_goes_on(tmp_path, at):
+    case, seen = made(tmp_path, "bitsandbytes"), []
+    sketchconv.convert(case.source, tmp_path / "a.sktch")
+
+    def stop(event):
+        seen.append(event)
+        if len(seen) == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SketchconvError)):
+        sketchconv.convert(case.source, tmp_path / "b.sktch", progress=stop)
+    assert not (tmp_path / "b.sktch").exists()
+    sketchconv.convert(case.source, tmp_path / "b.sktch")
+    assert (tmp_path / "a.sktch").read_bytes() == (tmp_path / "b.sktch").read_bytes()
+
+
 def test_the_plan_is_complete_before_anything_is_written(tmp_path):
     case = made(tmp_path, "bitsandbytes")
     job = prepare(case.source, tmp_path / "m.sktch", Recipe(exclude=("*.down_proj",)))
