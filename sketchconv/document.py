@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sketchconv.errors import SourceError
 from sketchconv.plan import Plan
-from sketchconv.recipe import Recipe
+from sketchconv.ready import ready_origin
+from sketchconv.recipe import Recipe, SketchSpec
 
 if TYPE_CHECKING:
     from sketchconv.calibration.options import Calibration
@@ -33,13 +34,17 @@ def make_draft(
     from sketchconv import __version__
     from sketchconv.formats.writer import Draft
 
+    own = {"import": ready_origin(source), "exclude": list(recipe.exclude)}
+    fitted = {
+        **recipe.to_json(),
+        "weighting": recipe.weighting_for(calibrated=calibration is not None),
+    }
     return Draft(
         sketches=plan.sketches,
         plain=plan.plain,
         aliases=plan.aliases,
         recipe={
-            **recipe.to_json(),
-            "weighting": recipe.weighting_for(calibrated=calibration is not None),
+            **(own if plan.ready else fitted),
             "column_weights": moments.description,
             **({} if calibration is None else {"calibration": _described(calibration, plan)}),
             "dropped": sorted(step.name for step in plan.steps if step.action == "drop"),
@@ -80,12 +85,11 @@ def with_dtype(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
 
 
 def with_config(
-    files: Mapping[str, bytes], config: Mapping[str, Any], recipe: Recipe
+    files: Mapping[str, bytes], config: Mapping[str, Any], spec: SketchSpec
 ) -> dict[str, bytes]:
     """The source's files with a config.json that names our quantizer."""
     if "config.json" not in files:
         raise SourceError("the source has no config.json, so no one could load the result")
-    spec = recipe.default
     quantization = {
         "quant_method": "sktch",
         "format": "1.0",

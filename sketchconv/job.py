@@ -13,12 +13,14 @@ from sketchconv.document import make_draft, output_sizes, with_config, with_dtyp
 from sketchconv.errors import OutputError, RecipeError, SourceError
 from sketchconv.memory import chunk_budget, left_beside
 from sketchconv.plan import Plan
+from sketchconv.ready import check_ready, most_common_spec, ready_records
 from sketchconv.recipe import Recipe
 
 if TYPE_CHECKING:
     from sketchconv.architecture import ModelMap
     from sketchconv.calibration.options import Calibration
     from sketchconv.formats.writer import BundleWriter, Draft, FolderWriter
+    from sketchconv.importers.base import ImportOptions
     from sketchconv.moments import Moments
     from sketchconv.sources.base import Source
 
@@ -93,6 +95,7 @@ def prepare(
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
     calibration: Calibration | None = None,
+    imports: ImportOptions | None = None,
 ) -> Job:
     """Open the source and decide everything that can be decided from metadata.
 
@@ -110,16 +113,20 @@ def prepare(
     _check_suffix(output)
     if calibration is not None:
         _check_calibration(calibration, recipe)
-    source = open_source(str(src), revision=revision)
+    source = open_source(str(src), revision=revision, imports=imports)
     try:
         _check_output(output, source, force=force)
         config = source.config()
         model = map_model(config, source.infos)
-        plan = make_plan(source.infos, model, recipe, equal_tensors=equal_ties(source, model))
+        ready = ready_records(source)
+        check_ready(source, model, recipe, calibration)
+        ties = equal_ties(source, model)
+        plan = make_plan(source.infos, model, recipe, equal_tensors=ties, ready=ready)
         _check_shaped(plan, calibration)
         moments = _moments(source, config, recipe, calibration)
         draft = make_draft(source, plan, recipe, moments, calibration)
-        files = with_config(source.files(), with_dtype(config, source), recipe)
+        spec = most_common_spec(ready) or recipe.default
+        files = with_config(source.files(), with_dtype(config, source), spec)
         sizes = output_sizes(output, draft, files, max_shard_size)
         way_out = f"{moments.description} (--weighting equal takes none)"
         budget = chunk_budget(left_beside(max_memory, moments.nbytes, way_out))
@@ -194,6 +201,8 @@ def _moments(
 ) -> Moments:
     from sketchconv.moments import equal_weights, make_moments
 
+    if ready_records(source):
+        return equal_weights("none are needed, indices and tables are the source's own")
     if calibration is not None and not calibration.texts:
         return equal_weights(f"method {calibration.method} has none")
     weighting = recipe.weighting_for(calibrated=calibration is not None)

@@ -17,6 +17,7 @@ from sketchconv.worker import Progress, Worker
 
 if TYPE_CHECKING:
     from sketchconv.calibration.options import Calibration
+    from sketchconv.importers.base import ImportOptions
 
 __all__ = ["Progress", "ProgressCallback", "convert", "run", "write"]
 
@@ -35,6 +36,7 @@ def convert(
     force: bool = False,
     calibration: Calibration | None = None,
     resume: bool = True,
+    imports: ImportOptions | None = None,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Compress a checkpoint into a sketch; without a calibration, no data is needed.
@@ -50,6 +52,8 @@ def convert(
         force: replace an existing sketch.
         calibration: fit the weights of the blocks to activations on a text.
         resume: go on with what an interrupted run of the same conversion left; otherwise drop it.
+        imports: of a checkpoint that another project quantized (`sketchconv.importers`): its base
+            and its precision. Its indices and tables are taken over; nothing is fitted.
         progress: called after each chunk, from the calling thread.
 
     Returns:
@@ -70,6 +74,7 @@ def convert(
         max_shard_size=max_shard_size,
         force=force,
         calibration=calibration,
+        imports=imports,
     )
     return run(job, threads=threads, resume=resume, progress=progress)
 

@@ -26,6 +26,7 @@ class Step:
         role: linear, head, embedding or other.
         by_user: whether an option or the recipe named this tensor to be kept dense.
         record: how the sketch is stored; only for ``action == "sketch"``.
+        ready: whether the source gives indices and tables as they are, so that none are fitted.
         nbytes: bytes of tensor data that the step adds to the output.
     """
 
@@ -36,6 +37,7 @@ class Step:
     by_user: bool = False
     record: SketchRecord | None = None
     nbytes: int = 0
+    ready: bool = False
 
     @property
     def name(self) -> str:
@@ -83,6 +85,11 @@ class Plan:
     def sketches(self) -> tuple[SketchRecord, ...]:
         """Records of all sketched weights."""
         return tuple(step.record for step in self.steps if step.record is not None)
+
+    @property
+    def ready(self) -> bool:
+        """Whether sketches are taken over from the source rather than fitted."""
+        return any(step.ready for step in self.steps)
 
     @property
     def plain(self) -> tuple[TensorInfo, ...]:

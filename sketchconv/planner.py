@@ -23,6 +23,7 @@ def make_plan(
     recipe: Recipe,
     *,
     equal_tensors: Mapping[str, str] | None = None,
+    ready: Mapping[str, SketchRecord] | None = None,
 ) -> Plan:
     """Decide every tensor's fate.
 
@@ -31,6 +32,8 @@ def make_plan(
         model: what the architecture says of them.
         recipe: what the user wants.
         equal_tensors: stored tied weights whose bytes were found equal: name -> the one to keep.
+        ready: weights that the source has as sketches already; where it is not empty, no other
+            weight is sketched.
 
     Raises:
         PlanError: groups do not divide a row, a pattern names nothing, the coverage is too low.
@@ -38,7 +41,7 @@ def make_plan(
     matrices = as_matrices(infos, model)
     _check_patterns(matrices, recipe)
     duplicates = dict(equal_tensors or {})
-    planner = _Planner(model, recipe, duplicates)
+    planner = _Planner(model, recipe, duplicates, ready or {})
     found = [planner.step(info) for info in matrices.values()]
     if planner.indivisible:
         raise PlanError(_indivisible_message(planner.indivisible))
@@ -55,8 +58,15 @@ def make_plan(
 class _Planner:
     """Decides one tensor at a time, and collects the rows that cannot be divided into groups."""
 
-    def __init__(self, model: ModelMap, recipe: Recipe, duplicates: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        model: ModelMap,
+        recipe: Recipe,
+        duplicates: Mapping[str, str],
+        ready: Mapping[str, SketchRecord],
+    ) -> None:
         self.recipe = recipe
+        self.ready = ready
         self.duplicates = duplicates
         self.extra = frozenset(model.extra)
         self.unsupported = frozenset(model.unsupported)
@@ -80,6 +90,8 @@ class _Planner:
         refusal = self._not_wanted(info.name)
         if refusal is not None:
             return _copy(info, role, refusal, by_user=True)
+        if self.ready:
+            return self._ready(info, role)
         if role != "linear" and self.recipe.embed_bits is None and not self._asked_for(info.name):
             return _copy(info, role, f"{role}: copied unless --embed-bits is given")
         return self._sketch(info, role)
@@ -114,6 +126,19 @@ class _Planner:
             override.action == "sketch" or override.bits is not None
         )
         return by_override or any(matches(p, name) for p in self.recipe.include)
+
+    def _ready(self, info: TensorInfo, role: Role) -> Step:
+        """Take over what the source has; its makers chose what stays dense."""
+        record = self.ready.get(info.name)
+        if record is None:
+            return _copy(info, role, "dense in the source too", by_user=True)
+        nbytes = record.index_info.nbytes + record.lut_info.nbytes
+        if nbytes >= info.nbytes:
+            reason = f"a sketch would not be smaller: {nbytes:,} bytes for {info.nbytes:,}"
+            return _copy(info, role, f"decoded; {reason}")
+        groups = f"{record.groups} group{'s' if record.groups > 1 else ''} per row"
+        reason = f"taken over: {record.bits} bits, {groups}, {record.lut_dtype}"
+        return Step(info, "sketch", reason, role, record=record, nbytes=nbytes, ready=True)
 
     def _sketch(self, info: TensorInfo, role: Role) -> Step:
         spec = self.recipe.spec_for(info.name, embedding=role != "linear")
@@ -206,7 +231,8 @@ def _notes(steps: Sequence[Step]) -> list[str]:
     """Hints that a user would want before an overnight run."""
     notes = []
     for role in ("embedding", "head", "linear"):
-        records = [s.record for s in steps if s.role == role and s.record is not None]
+        chosen = [s for s in steps if s.role == role and not s.ready]
+        records = [s.record for s in chosen if s.record is not None]
         luts = sum(r.lut_info.nbytes for r in records)
         total = luts + sum(r.index_info.nbytes for r in records)
         if any(not r.shaped for r in records) and 3 * luts > total:

@@ -114,6 +114,11 @@ def method_rows(
     return SketchedRows(packed, _carrier(solved.lut), errors, norms)
 
 
+def ready_rows(packed: npt.NDArray[np.uint8], lut: npt.NDArray[Any]) -> SketchedRows:
+    """Rows that the source has as a sketch already: they are its values, without an error."""
+    return SketchedRows(packed, lut, np.zeros(len(packed)), np.zeros(len(packed)))
+
+
 def finished_rows(
     finished: FinishedWeights, record: SketchRecord, chunk: Chunk, rows: Rows
 ) -> SketchedRows:

@@ -201,6 +201,7 @@ def _delta(path: Path) -> Summary:
 
 def _safetensors(path: Path) -> Summary:
     from sketchconv.formats.container import Container
+    from sketchconv.importers.open import layout_of
 
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if files == [path] and path.suffix != ".safetensors":
@@ -209,6 +210,9 @@ def _safetensors(path: Path) -> Summary:
         raise SourceError(f"{path}: holds no .safetensors, .sktch or .gguf file")
     rows: list[TensorRow] = []
     facts: list[tuple[str, str]] = [("format", f"safetensors, {len(files)} file(s)")]
+    layout = layout_of(path)
+    if layout is not None:
+        facts.append(("quantized by", f"{layout}; convert takes it over"))
     for file in files:
         with Container.open(file, profile="safetensors") as container:
             infos = [entry.info for entry in container.entries.values()]

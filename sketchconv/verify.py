@@ -74,6 +74,7 @@ def verify(
     *,
     against: str | None = None,
     revision: str | None = None,
+    base: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Check a sketch, all of it; optionally against the source that it was made from.
@@ -82,6 +83,7 @@ def verify(
         path: a `.sktch` file or a sketch folder; or a delta, file or folder.
         against: source (folder, hub id or GGUF) whose weights to compare with; of a delta its base.
         revision: the source's revision on the Hub.
+        base: of a source that another project quantized: the folder of its base model.
         progress: called with the bytes that were digested and the bytes in all.
 
     Raises:
@@ -100,7 +102,7 @@ def verify(
     tensors, nbytes = _extent(path)
     comparison = _Comparison()
     if against is not None and not findings:
-        findings += _compare(path, against, revision, comparison)
+        findings += _compare(path, against, revision, base, comparison)
     return Verification(
         str(path),
         tuple(findings),
@@ -138,24 +140,31 @@ class _Comparison:
 
 
 def _compare(
-    path: Path, against: str, revision: str | None, comparison: _Comparison
+    path: Path,
+    against: str,
+    revision: str | None,
+    base: Path | None,
+    comparison: _Comparison,
 ) -> Iterator[Finding]:
     from sketchconv.formats.reader import SktchModel
+    from sketchconv.importers.base import ImportOptions
+    from sketchconv.ready import recorded_bits
     from sketchconv.sources.forms import Forms
     from sketchconv.sources.matrices import Matrices
     from sketchconv.sources.open import open_source
 
-    source = open_source(against, revision=revision)
-    try:
-        with SktchModel.open(path) as model:
-            manifest = model.manifest
+    with SktchModel.open(path) as model:
+        manifest = model.manifest
+        imports = ImportOptions(base, recorded_bits(manifest.recipe))
+        source = open_source(against, revision=revision, imports=imports)
+        try:
             matrices = Matrices(source, Forms.of(manifest.source, manifest.sketches, path.name))
             for record in manifest.sketches.values():
                 yield from _compare_sketch(model, matrices, record, comparison)
             yield from _compare_copies(model, source)
             yield from _compare_names(model, source, matrices)
-    finally:
-        source.close()
+        finally:
+            source.close()
 
 
 def _compare_sketch(

@@ -18,8 +18,14 @@ from sketchconv.noted import Noted
 from sketchconv.plan import Step
 from sketchconv.recipe import Recipe
 from sketchconv.report import Report, TensorResult, stored_parameters
-from sketchconv.sketching import SketchedRows, finished_rows, fitted_rows, method_rows
-from sketchconv.sources.base import FLOATS
+from sketchconv.sketching import (
+    SketchedRows,
+    finished_rows,
+    fitted_rows,
+    method_rows,
+    ready_rows,
+)
+from sketchconv.sources.base import FLOATS, ReadySource
 from sketchconv.sources.matrices import Matrices
 
 if TYPE_CHECKING:
@@ -85,6 +91,7 @@ class Worker:
         self._finished = finished
         self._noted = Noted(journal, writer, job.output)
         self._method = _plain_method(job)
+        self._ready = job.source if isinstance(job.source, ReadySource) else None
         self._tally = _Tally()
         self._column_weights: npt.NDArray[np.float64] | None = None
         self._factors: Factors | None = None
@@ -94,7 +101,8 @@ class Worker:
         steps = ordered_steps(self.job)
         total, done = stored_parameters(steps), 0
         yield Progress("preparing kernels (compiled once per machine)", "compile", 0, total)
-        self.compile_seconds = _compile(self.job.recipe)
+        if not self.job.plan.ready:
+            self.compile_seconds = _compile(self.job.recipe)
         yield Progress("reading", "read", 0, total)
         chunks = chain.from_iterable(row_chunks(step, self.job.budget) for step in steps)
         for chunk, raw in read_ahead(chunks, self._fetch):
@@ -174,9 +182,13 @@ class Worker:
         if record is None:
             raise TypeError(f"{name}: a sketch step without a record")
         if chunk.begin == 0:
+            self._tally = _Tally()
+        if self._ready is not None and chunk.step.ready:
+            self._append(chunk, record, ready_rows(*self._ready.ready(name, raw)))
+            return
+        if chunk.begin == 0:
             self._column_weights = moments.column_weights(name)
             self._factors = moments.factors(name)
-            self._tally = _Tally()
         rows = self._float32(name, raw)
         check_finite(chunk, rows, self.threads)
         started = time.perf_counter()
@@ -185,12 +197,15 @@ class Worker:
         else:
             solved = self._fit(chunk, record, rows)
         self.solve_seconds += time.perf_counter() - started
+        if moments.needs(name):
+            moments.observe(name, chunk.begin, rows, self.threads, matrix=True)
+        self._append(chunk, record, solved)
+
+    def _append(self, chunk: Chunk, record: SketchRecord, solved: SketchedRows) -> None:
         self.writer.append(record.index_name, solved.packed)
         self.writer.append(record.lut_name, solved.lut)
         self._tally.squared_error += solved.squared_error.tolist()
         self._tally.squared_norm += solved.squared_norm.tolist()
-        if moments.needs(name):
-            moments.observe(name, chunk.begin, rows, self.threads, matrix=True)
 
     def _finish(self, step: Step, adopted: bool) -> None:
         source, sketched = self.digest.of(step.name), step.action == "sketch"

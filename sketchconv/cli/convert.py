@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,7 +16,15 @@ from sketchconv.cli.export_options import (
     write_gguf,
 )
 from sketchconv.cli.options import SIZE
-from sketchconv.cli.sketch_options import calibration_of, recipe_of, sketch_options
+from sketchconv.cli.sketch_options import (
+    calibration_of,
+    given_sketch_options,
+    recipe_of,
+    sketch_options,
+)
+
+if TYPE_CHECKING:
+    from sketchconv.job import Job
 
 
 @click.command("convert")
@@ -25,6 +33,11 @@ from sketchconv.cli.sketch_options import calibration_of, recipe_of, sketch_opti
 @sketch_options
 @export_options
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="Of a quantized SRC without config: the folder of the model that was quantized.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads. [default: all cores]")
 @click.option("--max-memory", type=SIZE, help="Limit on anonymous memory, e.g. 2GB.")
 @click.option(
@@ -38,9 +51,10 @@ from sketchconv.cli.sketch_options import calibration_of, recipe_of, sketch_opti
 def command(src: str, out: str, **options: Any) -> None:
     """Compress the checkpoint SRC into the sketch OUT, or export SRC as GGUF.
 
-    SRC is a Hugging Face folder, a hub id (org/name) or a .gguf file, of a split one any part. OUT
-    is a path that ends in .sktch (one self-contained file) or a folder to make (Hugging Face
-    layout).
+    SRC is a Hugging Face folder, a hub id (org/name) or a .gguf file, of a split one any part; or
+    a checkpoint that another project quantized (GPTQ, AWQ, bitsandbytes, LeanQuant, SketchTune,
+    SqueezeLLM, Any-Precision LLM), whose indices and tables are taken over as they are. OUT is a
+    path that ends in .sktch (one self-contained file) or a folder to make (Hugging Face layout).
 
     Without --calibration no text is needed. Where the architecture is known, --weighting moments
     weighs columns by second moments propagated through the network, and covariances propagates
@@ -57,6 +71,8 @@ def command(src: str, out: str, **options: Any) -> None:
     _check_target(options)
     if options["dense"] and out.lower().endswith((".gguf", ".sktch")):
         raise click.UsageError("--dense makes a folder; name OUT without a suffix")
+    if options["base"] is not None and (options["dense"] or out.lower().endswith(".gguf")):
+        raise click.UsageError("--base goes with a sketch as OUT; export that sketch afterwards")
     if options["dense"]:
         write_dense(src, out, options)
     elif out.lower().endswith(".gguf"):
@@ -102,8 +118,21 @@ def _written(out: str) -> str:
     return str(parts[-1]) if parts else out
 
 
+def _refuse_fitting(job: Job, options: dict[str, Any]) -> None:
+    """Options of compression say nothing of sketches that are taken over."""
+    kept = ("--bits", "--exclude")
+    odd = [flag for flag in given_sketch_options(options) if flag not in kept]
+    if job.plan.ready and odd:
+        job.source.close()
+        raise click.UsageError(
+            f"{odd[0]}: the weights of {job.source.id} are taken over as they are ("
+            f"{job.source.format}), and nothing is compressed again; drop {odd[0]}"
+        )
+
+
 def _compress(src: str, out: str, options: dict[str, Any]) -> None:
     from sketchconv.cli.render import print_plan, print_report
+    from sketchconv.importers.base import ImportOptions
     from sketchconv.job import DEFAULT_SHARD_BYTES, prepare
     from sketchconv.pipeline import run
 
@@ -116,7 +145,9 @@ def _compress(src: str, out: str, options: dict[str, Any]) -> None:
         max_shard_size=options["max_shard_size"] or DEFAULT_SHARD_BYTES,
         force=options["force"],
         calibration=calibration_of(options),
+        imports=ImportOptions(options["base"], options["bits"]),
     )
+    _refuse_fitting(job, options)
     if options["dry_run"]:
         job.source.close()
         print_plan(job, as_json=options["as_json"])

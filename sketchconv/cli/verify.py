@@ -15,8 +15,13 @@ import click
 @click.option(
     "--revision", help="Branch, tag or commit of PATH if it is a hub id, else of --against."
 )
+@click.option(
+    "--base", type=click.Path(path_type=Path), help="Base model of a quantized SRC without config."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def command(path: str, *, against: str | None, revision: str | None, as_json: bool) -> None:
+def command(
+    path: str, *, against: str | None, revision: str | None, base: Path | None, as_json: bool
+) -> None:
     """Check the sketch or the delta at PATH; exit with 1 if anything is wrong.
 
     PATH may also be user/repo or user/repo:file on the Hub.
@@ -32,7 +37,7 @@ def command(path: str, *, against: str | None, revision: str | None, as_json: bo
     local = fetch(path, own)
     revision = revision if own is None else None
     with show_bytes() as progress:
-        result = verify(local, against=against, revision=revision, progress=progress)
+        result = verify(local, against=against, revision=revision, base=base, progress=progress)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from sketchconv.formats.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    from sketchconv.formats.sketches import SketchRecord
 
 Float32 = npt.NDArray[np.float32]
 # Dtypes whose values can be compressed.
@@ -68,4 +71,26 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Close every file; reads after this raise."""
+        ...
+
+
+@runtime_checkable
+class ReadySource(Source, Protocol):
+    """A source some of whose weights are sketches already.
+
+    `rows` of such a weight gives bytes that `ready` knows.
+    """
+
+    @property
+    def records(self) -> Mapping[str, SketchRecord]:
+        """How each of these weights is stored, by name."""
+        ...
+
+    def ready(self, name: str, raw: bytes) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
+        """Packed indices uint8 ``[rows, G, bytes]`` and tables in their carrier, of `raw`."""
+        ...
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """Where they come from, as plain JSON."""
         ...

@@ -8,10 +8,10 @@ from types import MappingProxyType
 
 import numpy as np
 
-from sketchconv.formats.tensors import TensorInfo, f32_to_bf16
+from sketchconv.formats.tensors import TensorInfo
 from sketchconv.sources.base import Float32
 from sketchconv.sources.forms import Forms, turned
-from sketchconv.sources.sketch import SketchSource
+from sketchconv.sources.sketch import SketchSource, dense_bytes
 from sketchconv.sources.values import row_bytes, to_float32
 
 # Decoded values that are held at a time.
@@ -75,7 +75,7 @@ class SketchCheckpoint(SketchSource):
             values = np.stack([self._matrix(part) for part in self._forms.parts(name)[begin:end]])
         else:
             return super().rows(name, begin, end)
-        return _bytes(values, self._tensors[name].dtype)
+        return dense_bytes(values, self._tensors[name].dtype)
 
     def _turned_rows(self, name: str, begin: int, end: int) -> Float32:
         height, width = self._infos[name].shape
@@ -103,10 +103,3 @@ class SketchCheckpoint(SketchSource):
     def stored(self, name: str, raw: bytes) -> bytes:
         """Dense bytes of `raw`, in the dtype of `infos`."""
         return raw if self._is_decoded(name) else super().stored(name, raw)
-
-
-def _bytes(values: Float32, dtype: str) -> bytes:
-    """Values of a LUT in its dtype, in which they are exact."""
-    if dtype == "BF16":
-        return f32_to_bf16(values).tobytes()
-    return values.astype("<f2" if dtype == "F16" else "<f4", copy=False).tobytes()

@@ -9,8 +9,19 @@ from typing import Any
 from sketchconv.errors import SourceError
 
 MAX_CONFIG_BYTES = 8 << 20
+IMPORTED_METHODS = frozenset({"gptq", "awq", "bitsandbytes"})
+"""Values of `quant_method` that an importer knows (`sketchconv.importers`)."""
+OLD_SETTINGS = ("quantize_config.json", "quant_config.json")
+"""Settings of a quantization, from before configs had a place for them."""
 _QUANTIZED = ("quantization_config", "compression_config")
-_QUANTIZED_SUFFIXES = (".qweight", ".qzeros", ".absmax", ".weight_packed", ".weight_scale_inv")
+_QUANTIZED_SUFFIXES = (
+    *(".qweight", ".qzeros", ".absmax", ".weight_packed", ".weight_scale_inv"),
+    *(".weight_codes", ".lookup_table"),
+)
+
+
+class QuantizedError(SourceError):
+    """The weights are quantized by something else: perhaps an importer knows them."""
 
 
 def parse_json(data: bytes, where: str) -> Any:
@@ -37,6 +48,15 @@ def parse_config(data: bytes, where: str) -> dict[str, Any]:
     refuse_quantized(config, where)
     stripped: dict[str, Any] = strip_remote_code(config)
     return stripped
+
+
+def quantized_by(data: bytes) -> str | None:
+    """The `quant_method` of a config's text, or None if there is none to be read."""
+    try:
+        method = json.loads(data)["quantization_config"]["quant_method"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return str(method)
 
 
 def strip_remote_code(value: Any) -> Any:
@@ -84,7 +104,7 @@ def refuse_quantized_names(names: list[str], where: str) -> None:
     """
     for name in names:
         if name.endswith(_QUANTIZED_SUFFIXES):
-            raise SourceError(
+            raise QuantizedError(
                 f"{where}: tensor {name!r} belongs to a quantized checkpoint;"
                 " convert the original bf16, fp16 or fp32 checkpoint instead"
             )

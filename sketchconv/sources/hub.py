@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from sketchconv.errors import HubError
-from sketchconv.sources.config import MAX_CONFIG_BYTES, parse_config, read_limited
+from sketchconv.sources.config import (
+    IMPORTED_METHODS,
+    MAX_CONFIG_BYTES,
+    OLD_SETTINGS,
+    parse_config,
+    quantized_by,
+    read_limited,
+)
 from sketchconv.sources.files import is_side_file
 from sketchconv.sources.shards import INDEX, MAX_INDEX_BYTES, SINGLE, parse_weight_map
 from sketchconv.sources.sniff import refuse_pickles
@@ -60,11 +67,13 @@ def _download(repo: str, revision: str | None) -> Snapshot:
     info = HfApi().model_info(repo, revision=revision)
     commit = info.sha or revision or "main"
     listed = [item.rfilename for item in info.siblings or []]
-    names = [name for name in listed if is_side_file(name)]
+    names = [name for name in listed if is_side_file(name) or name in OLD_SETTINGS]
     if "config.json" in listed:
-        # A quantized checkpoint is refused before its shards are downloaded.
+        # What no importer knows is refused before its shards are downloaded.
         config = hf_hub_download(repo, "config.json", revision=commit)
-        parse_config(read_limited(Path(config), MAX_CONFIG_BYTES), f"{repo}/config.json")
+        data = read_limited(Path(config), MAX_CONFIG_BYTES)
+        if quantized_by(data) not in IMPORTED_METHODS:
+            parse_config(data, f"{repo}/config.json")
     if SINGLE in listed:
         names.append(SINGLE)
     elif INDEX in listed:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sketchconv.errors import SourceError
 from sketchconv.sources.base import Source
 from sketchconv.sources.checkpoint import CheckpointSource
+from sketchconv.sources.config import QuantizedError
 from sketchconv.sources.hub import download, is_hub_id
 from sketchconv.sources.sniff import refuse_impostor
 from sketchconv.summary import is_sketch
+
+if TYPE_CHECKING:
+    from sketchconv.importers.base import ImportOptions
 
 _PATH_PREFIXES = ("/", "./", "../", "~")
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".sktch", ".bin", ".pt", ".pth", ".ckpt", ".json")
 
 
-def open_source(spec: str, *, revision: str | None = None, sketches: bool = False) -> Source:
+def open_source(
+    spec: str,
+    *,
+    revision: str | None = None,
+    sketches: bool = False,
+    imports: ImportOptions | None = None,
+) -> Source:
     """Open a source by what its name says; only metadata is read.
 
     An existing path wins over a hub id of the same name. A text that cannot be a hub id, such as
@@ -25,6 +36,7 @@ def open_source(spec: str, *, revision: str | None = None, sketches: bool = Fals
         spec: a folder, a `.gguf` file, or `org/name` on the Hub.
         revision: branch, tag or commit on the Hub.
         sketches: take a `.sktch` file or a sketch folder too, as the dense model it stands for.
+        imports: what the user says of a checkpoint that another project quantized.
 
     Raises:
         SourceError: nothing there, or nothing that can be converted; one line that says why.
@@ -44,7 +56,7 @@ def open_source(spec: str, *, revision: str | None = None, sketches: bool = Fals
             from sketchconv.sources.checkpoint_view import SketchCheckpoint
 
             return SketchCheckpoint(path)
-        return CheckpointSource(path) if path.is_dir() else _open_file(path)
+        return _open_folder(path, imports) if path.is_dir() else _open_file(path, imports)
     if _looks_like_path(spec):
         raise SourceError(f"{spec}: no such file or folder")
     if not is_hub_id(spec):
@@ -52,7 +64,7 @@ def open_source(spec: str, *, revision: str | None = None, sketches: bool = Fals
             f"{spec!r}: no such file or folder here, and not a hub id of the form org/name"
         )
     snapshot = download(spec, revision=revision)
-    return CheckpointSource(snapshot.path, id=spec, revision=snapshot.revision)
+    return _open_folder(snapshot.path, imports, id=spec, revision=snapshot.revision)
 
 
 def _published(spec: str, revision: str | None) -> Path | None:
@@ -86,7 +98,38 @@ def _looks_like_path(spec: str) -> bool:
     )
 
 
-def _open_file(path: Path) -> Source:
+def _open_folder(
+    path: Path,
+    imports: ImportOptions | None,
+    *,
+    id: str | None = None,
+    revision: str | None = None,
+) -> Source:
+    """A dense checkpoint, or one that another project quantized and an importer knows."""
+    from sketchconv.importers.base import ImportOptions
+    from sketchconv.importers.open import open_import, refuse_unneeded, says_quantized
+
+    options = imports or ImportOptions()
+    if options.base is not None or says_quantized(path):
+        found = open_import(path, options, id=id, revision=revision)
+        if found is not None:
+            return found
+    try:
+        source: Source = CheckpointSource(path, id=id, revision=revision)
+    except QuantizedError:
+        found = open_import(path, options, id=id, revision=revision)
+        if found is None:
+            raise
+        return found
+    try:
+        refuse_unneeded(options, source.id)
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def _open_file(path: Path, imports: ImportOptions | None) -> Source:
     if not path.is_file():
         raise SourceError(f"{path.name}: neither a folder nor a regular file")
     suffix = path.suffix.lower()
@@ -98,10 +141,17 @@ def _open_file(path: Path) -> Source:
         raise SourceError(
             f"{path.name}: already a sketch; inspect, verify or load it, or convert the dense model"
         )
+    if imports is not None and imports.base is not None:
+        from sketchconv.importers.open import is_importable_file, open_import
+
+        found = open_import(path, imports) if is_importable_file(path) else None
+        if found is not None:
+            return found
+        raise SourceError(f"{path.name}: no checkpoint of a layout that is known; drop --base")
     refuse_impostor(path, path.name)
     if suffix == ".safetensors":
         raise SourceError(
             f"{path.name}: weights alone are not a model; give the folder that also holds"
-            " config.json"
+            " config.json (or, of a checkpoint of LeanQuant, --base FOLDER)"
         )
     raise SourceError(f"{path.name}: expected a model folder, a .gguf file or a hub id (org/name)")

@@ -77,7 +77,7 @@ class SketchSource:
             and not name.startswith(RESERVED_PREFIX)
         }
         sketched = {
-            name: TensorInfo(name, _dense_dtype(record), record.shape)
+            name: TensorInfo(name, dense_dtype(record), record.shape)
             for name, record in self._records.items()
         }
         return {**sketched, **stored}
@@ -123,17 +123,14 @@ class SketchSource:
     def float32(self, name: str, raw: bytes) -> Float32:
         """The values of `raw`: decoded for a sketch, exact in every case but F64."""
         record = self._records.get(name)
-        return to_float32(raw, self._info(name)) if record is None else _decoded(record, raw)
+        return to_float32(raw, self._info(name)) if record is None else decoded_rows(record, raw)
 
     def stored(self, name: str, raw: bytes) -> bytes:
         """Dense bytes of `raw`: a sketch decoded, in its LUT's dtype; others as they are."""
         record = self._records.get(name)
         if record is None:
             return raw
-        values, dtype = _decoded(record, raw), _dense_dtype(record)
-        if dtype == "BF16":
-            return f32_to_bf16(values).tobytes()
-        return values.astype("<f2" if dtype == "F16" else "<f4", copy=False).tobytes()
+        return dense_bytes(decoded_rows(record, raw), dense_dtype(record))
 
     def config(self) -> dict[str, Any]:
         """The dense model's config: without `quantization_config` and `auto_map`."""
@@ -159,9 +156,16 @@ class SketchSource:
         self.close()
 
 
-def _dense_dtype(record: SketchRecord) -> str:
+def dense_dtype(record: SketchRecord) -> str:
     """A dtype in which the values of a sketch are exact."""
     return "F32" if record.shaped else record.lut_dtype
+
+
+def dense_bytes(values: Float32, dtype: str) -> bytes:
+    """Values of a sketch in F16, BF16 or F32, in which they are exact."""
+    if dtype == "BF16":
+        return f32_to_bf16(values).tobytes()
+    return values.astype("<f2" if dtype == "F16" else "<f4", copy=False).tobytes()
 
 
 def split_rows(record: SketchRecord, raw: bytes) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
@@ -176,7 +180,7 @@ def split_rows(record: SketchRecord, raw: bytes) -> tuple[npt.NDArray[np.uint8],
     return codes, tables.reshape(rows, *lut.shape[1:])
 
 
-def _decoded(record: SketchRecord, raw: bytes) -> Float32:
+def decoded_rows(record: SketchRecord, raw: bytes) -> Float32:
     """Rows of a sketch as float32, by the kernels that run the model."""
     codes, tables = split_rows(record, raw)
     if not len(codes):

@@ -11,7 +11,8 @@ from sketchconv.formats.sniff import PICKLE_SUFFIXES, kind_of_head
 _HEAD = 256
 _TO_SAFETENSORS = (
     "pickles run code when loaded and are never opened; save it again with"
-    " `model.save_pretrained(folder)`, or take the repository's safetensors revision"
+    " `model.save_pretrained(folder)`, or take the repository's safetensors revision (of SqueezeLLM"
+    " and SketchTune: pass --base FOLDER, which reads their tables and runs nothing)"
 )
 _ADVICE: Mapping[str, str] = {
     "git-lfs": "a Git LFS pointer, not the weights; run `git lfs pull`, or `hf download` the model",

@@ -208,7 +208,7 @@ def test_refusals_are_one_line_that_says_what_to_do(hub, two_shards, tmp_path):
             "org/absent": {name: data for name, data in files.items() if name != shard},
             "org/quantized": {
                 **files,
-                "config.json": b'{"quantization_config": {"quant_method": "gptq"}}',
+                "config.json": b'{"quantization_config": {"quant_method": "hqq"}}',
             },
         }
     )
@@ -229,7 +229,7 @@ def test_refusals_are_one_line_that_says_what_to_do(hub, two_shards, tmp_path):
         ("org/gguf", None): ("HubError", "hf download org/gguf tiny.Q4_K_M.gguf"),
         ("org/data", None): ("HubError", "is it a model?"),
         ("org/absent", None): ("HubError", f"names {shard!r}"),
-        ("org/quantized", None): ("SourceError", "already quantized (quant_method 'gptq'"),
+        ("org/quantized", None): ("SourceError", "already quantized (quant_method 'hqq'"),
     }
     answers = ask(tmp_path, address(hub), *cases)
     for (spec, _), (kind, text), answer in zip(cases, cases.values(), answers, strict=True):
