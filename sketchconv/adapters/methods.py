@@ -206,10 +206,17 @@ def before_forward(
     _check_eager(model)
     names = manage.check_known(model, given)
     _check_count(names, *args, **kwargs)
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if model.training and _recomputes(model):
         raise AdapterError("adapter_names and gradient checkpointing do not go together")
     batch.begin(names)
     return args, kwargs
+
+
+def _recomputes(model: Any) -> bool:
+    """Whether layers run again in the backward pass, when the names are not known any more."""
+    name = "is_activation_checkpointing"  # older: is_gradient_checkpointing
+    found = getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False)
+    return bool(found)
 
 
 def after_forward(_model: Any, _args: Any, _output: Any) -> None:

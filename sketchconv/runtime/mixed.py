@@ -122,7 +122,7 @@ def _on_gpu(
     each = flat.shape[0] // len(which)
     task = torch.tensor(which, device=x.device).repeat_interleave(each)
     with modes.exact(x.device.type):
-        y: Tensor = gpu.multiply_tasks(flat, index, torch.stack(list(luts)), task, layout)
+        y: Tensor = gpu.multiply_tasks(flat, index, torch.stack(list(luts)), task, layout=layout)
     return y.view(*x.shape[:-1], module.rows)
 
 

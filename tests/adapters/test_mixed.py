@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import sketchconv
 from sketchconv.adapters import batch
 from sketchconv.adapters.batch import BASE
 from sketchconv.errors import AdapterError
+from sketchconv.formats.grids import GRIDS
+from sketchconv.kernels import plain
+from sketchconv.runtime import mixed
+from sketchconv.runtime.experts import Experts
 from sketchconv.runtime.modules import SketchEmbedding, SketchLinear
+from sketchconv.runtime.shaped import ShapedLinear
 
 NAMES = ["one", BASE, "two", "one"]
 
@@ -193,3 +199,75 @@ def test_a_bert_with_positions_works(folder, luts):
             single = alone(model, name, lambda n=number: model(ids[n : n + 1]))
             assert torch.allclose(mixed[0][number], single[0][0], atol=1e-5)
             assert torch.allclose(mixed[1][number], single[1][0], atol=1e-5)
+
+
+def random_linear(columns, rows, names=("a", "b")):
+    module = SketchLinear(columns, rows, 4, 2, bias=False, lut_dtype=torch.float32)
+    module.sketch_index.random_(0, 256)
+    module.sketch_lut.data.normal_()
+    for name in names:
+        module.add_table(name, torch.randn_like(module.sketch_lut))
+    return module.requires_grad_(False)
+
+
+def test_experts_know_the_sample_of_each_token():
+    torch.manual_seed(0)
+    fused = nn.Module()
+    fused.gate_up_proj = nn.Parameter(torch.zeros(3, 16, 12))
+    fused.down_proj = nn.Parameter(torch.zeros(3, 12, 8))
+    fused.act_fn = nn.SiLU()
+    experts = Experts(fused, {"gate": "gate", "up": "up", "down": "down"})
+    for number in range(3):
+        for name, shape in (("gate", (12, 8)), ("up", (12, 8)), ("down", (8, 12))):
+            experts.set_submodule(f"{number}.{name}", random_linear(*shape))
+    names, tokens = ("a", BASE, "b"), 5
+    x, routes = torch.randn(3, tokens, 12), torch.randint(0, 3, (3, tokens, 2))
+    weights = torch.rand(3, tokens, 2)
+    expected = []
+    for number, name in enumerate(names):
+        for module in experts.modules():
+            if isinstance(module, SketchLinear):
+                module.switch(name)
+        expected.append(experts(x[number], routes[number], weights[number]))
+    with batch.use(names):
+        found = experts(x.flatten(0, 1), routes.flatten(0, 1), weights.flatten(0, 1))
+        assert batch.current() == names
+    assert torch.allclose(found, torch.cat(expected), atol=1e-4)
+
+
+def test_shaped_sketches_have_scales_of_each_task():
+    torch.manual_seed(0)
+    module = ShapedLinear(128, 20, 4, next(g for g, k in GRIDS.items() if 4 in k.bits), 2)
+    module.sketch_index.random_(0, 256)
+    module.sketch_scale.data.normal_()
+    module.add_table("a", torch.randn_like(module.sketch_scale), trainable=True)
+    x = torch.randn(3, 2, 128)
+    base = module(x)
+    module.switch("a")
+    other = module(x)
+    with batch.use(("a", BASE, "a")):
+        y = module(x)
+    assert torch.allclose(y, torch.stack([other[0], base[1], other[2]]), atol=1e-5)
+    module.switch(BASE)
+    y.sum().backward()
+    assert module.lut_of("a").grad.abs().sum() > 0
+
+
+def test_on_a_gpu_its_kernel_of_tasks_runs(monkeypatch):
+    module, calls = random_linear(48, 20), []
+    x = torch.randn(4, 3, 48)
+    with batch.use(("b", "a", "b", BASE)):
+        expected = module(x)
+
+        class Gpu:
+            @staticmethod
+            def multiply_tasks(x, index, luts, tasks, *, layout):
+                calls.append((tuple(luts.shape), tasks.tolist(), layout))
+                return plain.multiply_tasks(x, index, luts, tasks)
+
+        monkeypatch.setattr(mixed, "gpu_kernels", lambda _: Gpu)
+        monkeypatch.setattr(mixed.modes, "ordinary", lambda _: False)
+        found = module(x)
+    assert torch.allclose(found, expected, atol=1e-4)
+    tasks = [t for t in (0, 1, 0, 2) for _ in range(3)]
+    assert calls == [((3, 20, 2, 16), tasks, "planes-le")]
