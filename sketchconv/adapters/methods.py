@@ -26,7 +26,7 @@ def install() -> None:
 
     if hasattr(PreTrainedModel.load_adapter, _MARK):
         return
-    table = {
+    table: dict[str, Callable[..., Any]] = {
         "load_adapter": _load,
         "set_adapter": _set,
         "delete_adapter": _delete,

@@ -95,10 +95,12 @@ def modules(model: Any, names: list[str], tokens: int) -> tuple[Contender, Conte
     )
 
 
-def pairs(model: Any, names: list[str]) -> list[tuple[Contender, Contender]]:
+def pairs(
+    model: Any, names: list[str], prompts: list[int]
+) -> list[tuple[Contender, Contender]]:
     """Contenders of one task and of several, for each kind of work."""
     found = [modules(model, names, 1), modules(model, names, 16)]
-    for length in (1, 16):
+    for length in (1, *prompts):
         what = "decoding step" if length == 1 else f"prompt of {length}"
         one, all_of_them = (steps(model, each, length) for each in ([names[0]] * SAMPLES, names))
         found.append(
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("sketch", type=Path)
     parser.add_argument("--tasks", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prompts", type=int, nargs="*", default=[16, 128])
     parser.add_argument("--embeddings", action="store_true", help="tasks change these LUTs too")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -159,7 +162,7 @@ def main() -> None:
     names = [f"task{number}" for number in range(SAMPLES)]
     with torch.inference_mode():
         switching(model, names, options.rounds)
-        found = pairs(model, names)
+        found = pairs(model, names, options.prompts)
         compete([contender for pair in found for contender in pair], options.rounds)
     for one, several in found:
         print(f"{several.name}: " + ratio(several.median, one.median, "ms", scale=1000.0, digits=2))
