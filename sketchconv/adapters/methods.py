@@ -132,10 +132,13 @@ def _state(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    mine = adapter_name in manage.adapters_of(self).loaded or (_has(self) and not _peft(self))
-    if not mine:
-        return original(adapter_name, *args, **kwargs)
-    return manage.state(self, adapter_name)
+    if adapter_name in manage.adapters_of(self).loaded or (_has(self) and not _peft(self)):
+        return manage.state(self, adapter_name)
+    if adapter_name is None and _has(self):  # transformers would take the first of all, ours
+        from transformers.integrations.peft import PeftAdapterMixin
+
+        adapter_name = PeftAdapterMixin.active_adapters(self)[0]
+    return original(adapter_name, *args, **kwargs)
 
 
 def _generate(

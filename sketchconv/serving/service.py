@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,9 @@ class Service:
         self.adapters = {base: BASE, **{name: name for name in tasks}}
         self.limits, self.started = limits, int(time.time())
         self._tokenizer = tokenizer
+        # A first call may change the tokenizer's settings, which must not happen while it decodes.
+        self._encoding = threading.Lock()
+        tokenizer("x")
         self._positions = getattr(model.config, "max_position_embeddings", None)
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)
         self.engine = Engine(model, _ends(model, tokenizer), limits.concurrent, limits.queue)
@@ -85,7 +89,8 @@ class Service:
             if any(not 0 <= one < self._vocabulary for one in ids):
                 raise bad(f"tokens must be from 0 to {self._vocabulary - 1}", "prompt")
         elif wanted.prompt is not None:
-            ids = tuple(self._tokenizer(wanted.prompt)["input_ids"])
+            with self._encoding:
+                ids = tuple(self._tokenizer(wanted.prompt)["input_ids"])
         else:
             ids = self._chat(wanted)
         if not ids:
@@ -96,9 +101,10 @@ class Service:
         if not getattr(self._tokenizer, "chat_template", None):
             raise bad("this model has no chat template; use /v1/completions", "messages")
         try:
-            found = self._tokenizer.apply_chat_template(
-                list(wanted.messages), add_generation_prompt=True, return_dict=True
-            )
+            with self._encoding:
+                found = self._tokenizer.apply_chat_template(
+                    list(wanted.messages), add_generation_prompt=True, return_dict=True
+                )
         except Exception as error:  # templates refuse what they do not like in many ways
             text = f"the chat template refuses these messages: {error}"[:300]
             raise bad(text, "messages") from error

@@ -91,7 +91,7 @@ def chat(body: Any) -> Wanted:
         Problem: 400, naming what is wrong.
     """
     fields = _fields(body, SHARED | {"messages", "max_completion_tokens"})
-    limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
+    limit = _or(fields, "max_completion_tokens", fields.get("max_tokens"))
     return _wanted(fields, None, _messages(fields.get("messages")), limit)
 
 

@@ -95,9 +95,7 @@ def modules(model: Any, names: list[str], tokens: int) -> tuple[Contender, Conte
     )
 
 
-def pairs(
-    model: Any, names: list[str], prompts: list[int]
-) -> list[tuple[Contender, Contender]]:
+def pairs(model: Any, names: list[str], prompts: list[int]) -> list[tuple[Contender, Contender]]:
     """Contenders of one task and of several, for each kind of work."""
     found = [modules(model, names, 1), modules(model, names, 16)]
     for length in (1, *prompts):
