@@ -7,19 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sketchconv.errors import AdapterError
-
-CONFIG = "sketch_adapter_config.json"
+from sketchconv.errors import AdapterError, HubError, SourceError
+from sketchconv.formats.rules import ADAPTER_CONFIG
 
 
 def is_delta(source: Any) -> bool:
-    """Whether `source` is a delta by its looks: LUTs in memory, a `.sktch` file, or our folder."""
+    """Whether `source` is a delta by its looks: LUTs in memory, a `.sktch` file, or our folder.
+
+    On the Hub `user/repo:task.sktch` is one; `user/repo` may be an adapter of peft, and is left to
+    it: use `load_adapter(hub.fetch("user/repo"))`.
+    """
     if isinstance(source, Mapping):
         return True
     if not isinstance(source, str | os.PathLike):
         return False
     path = Path(source)
-    return path.suffix == ".sktch" or (path / CONFIG).is_file()
+    return path.suffix == ".sktch" or (path / ADAPTER_CONFIG).is_file()
 
 
 def read(model: Any, path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -31,14 +34,20 @@ def read(model: Any, path: str | os.PathLike[str]) -> Mapping[str, Any]:
     Raises:
         DeltaError: the delta was made for another base, or is damaged.
         AdapterError: there is no such delta.
+        HubError: the Hub refused.
     """
     from sketchconv.adapters.base import base_of
     from sketchconv.adapters.batch import BASE
     from sketchconv.deltas import binding_of, resolve
+    from sketchconv.hub.fetching import fetch
 
-    if not Path(path).exists():
-        raise AdapterError(f"{path}: there is no such delta")
     base = base_of(model)
+    try:
+        path = fetch(path)
+    except HubError:
+        raise
+    except SourceError:
+        raise AdapterError(f"{path}: there is no such delta") from None
     needed = binding_of(path)
     needed.require(base.binding, Path(path).name, f"the loaded model ({model.name_or_path})")
     luts = {name: base.module(model, name).lut_of(BASE).detach().cpu() for name in needed.weights}

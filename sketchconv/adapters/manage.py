@@ -70,8 +70,8 @@ def load(
 
     Args:
         model: a model that was loaded from a sketch.
-        source: a delta (a `.sktch` file or a folder), or the LUTs themselves: weight name -> whole
-            LUT ``[rows, groups, 2**bits]`` of the base's dtype.
+        source: a delta (a `.sktch` file, a folder or a hub id), or the LUTs themselves: weight name
+            -> whole LUT ``[rows, groups, 2**bits]`` of the base's dtype.
         name: what to call it.
         trainable: give the adapter a LUT of its own for every weight, with gradients. Otherwise
             what equals the base is the base's, and gradients are off.

@@ -25,7 +25,7 @@ def _deltas(_ctx: Any, _param: Any, given: tuple[str, ...]) -> dict[str, str]:
 @click.command("serve")
 @click.argument("base", type=click.Path())
 @click.option("--delta", "deltas", metavar=DELTA, multiple=True, callback=_deltas,
-              help="A task's delta (a .sktch file or a folder) and the model name it gets; "
+              help="A task's delta (file, folder or hub id) and the model name it gets; "
               "repeat for more.")  # fmt: skip
 @click.option("--name", help="The base's model name. [default: that of its file]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -47,7 +47,7 @@ def command(
 ) -> None:
     """Serve the sketched model BASE, and each task's delta over it, by OpenAI's API.
 
-    GET /v1/models, POST /v1/completions, POST /v1/chat/completions and GET /health. The member
+    BASE is a file, a folder or a hub id. GET /v1/models, POST /v1/completions, POST /v1/chat/completions and GET /health. The member
     "model" of a request names the base or a task; requests of different tasks are computed
     together in one batch, over one copy of the base.
     """

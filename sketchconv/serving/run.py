@@ -37,8 +37,8 @@ def open_service(
     """Load a sketch with all its deltas and start the engine.
 
     Args:
-        base: the sketch.
-        deltas: path of each delta by the name of its task.
+        base: the sketch, by path or hub id.
+        deltas: path or hub id of each delta by the name of its task.
         limits: see there.
         name: what the base is called in the API; None takes that of its file.
 
@@ -47,6 +47,7 @@ def open_service(
         DeltaError: a delta does not belong to it.
         AdapterError: a name is taken twice.
     """
+    from sketchconv.adapters import manage as adapters
     from sketchconv.errors import LoadError
     from sketchconv.runtime.load import load, load_tokenizer
 
@@ -55,7 +56,7 @@ def open_service(
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise LoadError(f"{base}: {type(model).__name__} does not continue text")
     for task, path in deltas.items():
-        model.load_adapter(path, task)
+        adapters.load(model, path, task)
     if deltas:
         model.disable_adapters()
     chosen = name or Path(base).resolve().name.removesuffix(".sktch")
