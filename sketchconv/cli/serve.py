@@ -47,9 +47,9 @@ def command(
 ) -> None:
     """Serve the sketched model BASE, and each task's delta over it, by OpenAI's API.
 
-    BASE is a file, a folder or a hub id. GET /v1/models, POST /v1/completions, POST /v1/chat/completions and GET /health. The member
-    "model" of a request names the base or a task; requests of different tasks are computed
-    together in one batch, over one copy of the base.
+    BASE is a file, a folder or a hub id. There are GET /v1/models, POST /v1/completions, POST
+    /v1/chat/completions and GET /health. The member "model" of a request names the base or a task;
+    requests of different tasks are computed together in one batch, over one copy of the base.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see `generate`
     from sketchconv.cli.generate import _silence

@@ -54,13 +54,14 @@ def moved(model: Any, seed: int, embeddings: bool) -> dict[str, Any]:
     return made
 
 
-def steps(model: Any, names: list[str] | None, length: int) -> Callable[[], object]:
+def steps(model: Any, names: list[str], length: int) -> Callable[[], object]:
     """A forward of `length` new tokens per sample; for one token, after a context."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 1000, (SAMPLES, CONTEXT + length), generator=generator)
-    more = {} if names is None else {"adapter_names": names}
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(5, min(1000, vocabulary), (SAMPLES, CONTEXT + length), generator=generator)
+    more = {"adapter_names": names}
     if length > 1:
         return lambda: model(ids[:, :length], logits_to_keep=1, **more)
     with torch.inference_mode():
@@ -154,7 +155,7 @@ def main() -> None:
         luts += model.load_adapter(moved(model, number, options.embeddings), f"task{number}").nbytes
         gc.collect()
     grown = resident() - before
-    print(f"memory of {options.tasks} tasks: " + ratio(grown, luts, "MB of LUTs", scale=1e-6))
+    print(f"memory of {options.tasks} tasks / their LUTs: " + ratio(grown, luts, "MB", scale=1e-6))
     size = options.sketch.stat().st_size if options.sketch.is_file() else 0
     print(f"one task: {luts / options.tasks / 1e6:.1f} MB, the sketch {size / 1e6:.1f} MB")
     names = [f"task{number}" for number in range(SAMPLES)]
