@@ -100,10 +100,18 @@ def _first_logits(model, ids, queue):
     queue.put(logits(model, ids).numpy())
 
 
-def test_a_fork_can_switch(loaded, ids):
+@pytest.fixture
+def one_thread():
+    """A fork has no threads of OpenMP."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_fork_can_switch(loaded, ids, one_thread):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    torch.set_num_threads(1)  # a fork has no threads of OpenMP
     child = context.Process(target=_first_logits, args=(loaded, ids, queue))
     child.start()
     found = torch.from_numpy(queue.get(timeout=60))
