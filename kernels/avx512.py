@@ -41,7 +41,7 @@ BAND_PREFETCH_BYTES = 2048  # the same for several rows at once
 
 
 @dataclass(frozen=True, slots=True)
-class _Dots:
+class Dots:
     """Dot products of some rows with some activations, under way.
 
     `starts` are, by row, (address, bits of a field) of each plane of the group at work, and
@@ -88,7 +88,7 @@ def _prefetch_tables(b: Any, address: Any, size: int) -> None:
         prefetch(b, b.add(address, I64(PREFETCH_BYTES + line)))
 
 
-def _add_woven(b: Any, plan: tuple[Block, ...], dots: _Dots, columns: Any) -> None:
+def add_woven(b: Any, plan: tuple[Block, ...], dots: Dots, columns: Any) -> None:
     """Add one group in the order `woven`; `dots` starts at its woven blocks."""
     kinds = {block.columns: block for block in plan[:-1]}
     size, done = for_blocks(b, columns, lambda of, _, at: dots.add(b, kinds[of], at, None))
@@ -99,10 +99,10 @@ def _add_woven(b: Any, plan: tuple[Block, ...], dots: _Dots, columns: Any) -> No
         for start in dots.starts
     ]
     xs = [b.add(x, b.mul(done, I64(4))) for x in dots.xs]
-    _add_group(b, plan[-1:], replace(dots, starts=planes, xs=xs), rest)
+    add_group(b, plan[-1:], replace(dots, starts=planes, xs=xs), rest)
 
 
-def _add_group(b: Any, plan: tuple[Block, ...], dots: _Dots, columns: Any) -> None:
+def add_group(b: Any, plan: tuple[Block, ...], dots: Dots, columns: Any) -> None:
     """Add one group of `columns` columns: blocks of each kind as they fit, and one short one."""
     done: Any = I64(0)
     for block in plan:
@@ -144,7 +144,7 @@ def _emit_rows(
         for at in luts:
             _prefetch_tables(b, at, lut_bytes)
         first = b.add(x, b.mul(loop.index, room))
-        dots = _Dots(
+        dots = Dots(
             [
                 load_byte_tables(b, at, bits) if bytewise else load_tables(b, at, bits, lut)
                 for at in luts
@@ -158,7 +158,7 @@ def _emit_rows(
             [b.add(first, b.mul(stride, I64(token))) for token in range(tokens)],
             totals,
         )
-        (_add_woven if woven else _add_group)(b, plan, dots, columns)
+        (add_woven if woven else add_group)(b, plan, dots, columns)
     return [sum_lanes(b, [b.load(total) for total in parts]) for row in totals for parts in row]
 
 

@@ -96,7 +96,7 @@ class Choice:
     """The kernels to use: `multiply(bits, lut)` and `decode(bits, lut, out)` make them.
 
     What they make are Numba dispatchers: compiled code can call them as well. `orders` are those
-    that the kernels read.
+    that the kernels read, `vbmi` whether they may use AVX512-VBMI.
     """
 
     name: str
@@ -105,6 +105,19 @@ class Choice:
     multiply: MakeMultiply
     decode: MakeDecode
     orders: tuple[str, ...] = (PLANES,)
+    vbmi: bool = False
+
+    def multiply_tasks(self, bits: int, lut: str, order: str = PLANES) -> Multiply | None:
+        """A kernel of tokens with LUTs of their own: `tables` is the address of one address each.
+
+        None where there is none; `tasks` then goes from run to run of tokens of one task.
+        """
+        from sketchconv.kernels import gemv_tasks_avx512 as kernels
+
+        if self.name != "avx512" or bits not in kernels.BITS:
+            return None
+        made: Multiply = kernels.multiply_kernel(bits, lut, self.vbmi, order)
+        return made
 
 
 @cache
@@ -217,6 +230,7 @@ def choose(force: str | None = None) -> Choice:
             reason = candidate.reason
             if name == "avx512" and "avx512vbmi" not in features:
                 reason += ", without AVX512-VBMI"
-            return Choice(name, reason, tuple(rejected), multiply, decode, candidate.orders)
+            found = (multiply, decode, candidate.orders, "avx512vbmi" in features)
+            return Choice(name, reason, tuple(rejected), *found)
         rejected.append(Rejected(name, reason))
     raise ValueError("; ".join(f"{r.name}: {r.reason}" for r in rejected if r.name == forced))

@@ -7,7 +7,7 @@ tiles of `TILE_BYTES` of decoded rows and torch's matrix product: one small buff
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -101,19 +101,26 @@ def _entry(name: str | None, bits: int, lut: str, order: str) -> Callable[..., N
 
 
 def _multiply_tiles(matrix: Packed, x: Tensor, kernel: str | None) -> Tensor:
-    dtype = x.dtype
-    if dtype is not torch.bfloat16 or not _fast_bf16():
+    y = x.new_empty((*x.shape[:-1], matrix.rows))
+    for tile, begin, end, given in tiles(matrix, x.detach()):
+        decode_into(matrix, tile, begin, kernel)
+        y[..., begin:end] = torch.nn.functional.linear(given, tile)
+    return y
+
+
+def tiles(matrix: Packed, x: Tensor) -> Iterator[tuple[Tensor, int, int, Tensor]]:
+    """Room for a tile of rows, its first row and the one after its last, and `x` as it is taken.
+
+    That is bfloat16 where the CPU multiplies it in hardware, else float32. All tiles are in one
+    place: use one before taking the next.
+    """
+    if x.dtype is not torch.bfloat16 or not _fast_bf16():
         x = x.float()
-    x = x.detach()
     step = min(max(TILE_BYTES // (matrix.columns * x.element_size()), LEAST_ROWS), matrix.rows)
     tile = _scratch(step * matrix.columns, x.dtype).view(step, matrix.columns)
-    y = x.new_empty((*x.shape[:-1], matrix.rows), dtype=dtype)
     for begin in range(0, matrix.rows, step):
         end = min(begin + step, matrix.rows)
-        weight = tile[: end - begin]
-        decode_into(matrix, weight, begin, kernel)
-        y[..., begin:end] = torch.nn.functional.linear(x, weight)
-    return y
+        yield tile[: end - begin], begin, end, x
 
 
 class _Local(threading.local):

@@ -23,7 +23,7 @@ MANY_BYTES = 1 << 15  # activations that stay there; beyond, 2 at once are faste
 
 
 @inner
-def _aligned(size: int) -> Any:
+def aligned(size: int) -> Any:
     """Float32 that start at a multiple of 64 bytes."""
     room = np.empty(size + ALIGNMENT // 4, np.float32)
     skip = (-room.ctypes.data % ALIGNMENT) // 4
@@ -31,7 +31,8 @@ def _aligned(size: int) -> Any:
 
 
 @inner
-def _put(y: int, at: int, value: Any, half: int) -> None:
+def put(y: int, at: int, value: Any, half: int) -> None:
+    """Store a float32 as element `at` of `y`, float32 or (`half`) bfloat16."""
     if half:
         carray(pointer_to(y + 2 * at, np.uint16), (1,))[0] = round_bf16(value)
     else:
@@ -63,7 +64,7 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool, order: str) -> Any:
         if tokens == 0:
             return
         width = padded_columns(bits, lut, way, columns)
-        activations = _aligned(tokens * groups * width)
+        activations = aligned(tokens * groups * width)
         target = np.int64(activations.ctypes.data)
         arrange(bits, lut, way, half, x, target, tokens * groups, columns)
         row_bytes = 0
@@ -80,7 +81,7 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool, order: str) -> Any:
                     bits, lut, way, bands, 1, codes, luts, at, stride, apart, groups, columns
                 )
                 for band in range(bands):
-                    _put(y, row + band * apart, dots[band], half)
+                    put(y, row + band * apart, dots[band], half)
             begin += bands * apart
         many = 4 if 4 * stride <= MANY_BYTES else 2
         for tile in range(begin, end, TILE_ROWS):
@@ -98,19 +99,19 @@ def multiply_kernel(bits: int, lut: str, vbmi: bool, order: str) -> Any:
                         one = row_dots(
                             bits, lut, way, 1, 1, codes, luts, at, stride, 0, groups, columns
                         )
-                        _put(y, to, one[0], half)
+                        put(y, to, one[0], half)
                     elif count == 2:
                         two = row_dots(
                             bits, lut, way, 1, 2, codes, luts, at, stride, 0, groups, columns
                         )
-                        _put(y, to, two[0], half)
-                        _put(y, to + rows, two[1], half)
+                        put(y, to, two[0], half)
+                        put(y, to + rows, two[1], half)
                     else:
                         four = row_dots(
                             bits, lut, way, 1, 4, codes, luts, at, stride, 0, groups, columns
                         )
                         for part in range(4):
-                            _put(y, to + part * rows, four[part], half)
+                            put(y, to + part * rows, four[part], half)
                 token += count
 
     return multiply

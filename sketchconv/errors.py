@@ -6,6 +6,7 @@ from sketchconv.formats.errors import FormatError, SketchconvError
 from sketchconv.formats.errors import OutputFailure as OutputError
 
 __all__ = [
+    "AdapterError",
     "ArchitectureError",
     "CalibrationError",
     "DeltaError",
@@ -17,6 +18,7 @@ __all__ = [
     "PlanError",
     "RecipeError",
     "ResumeError",
+    "ServingError",
     "SketchconvError",
     "SourceError",
     "Suspended",
@@ -64,8 +66,16 @@ class DeltaError(SketchconvError):
     """A delta does not fit its base, or cannot be made, applied, reverted or merged."""
 
 
+class ServingError(SketchconvError):
+    """A server cannot start: a package is missing, or its address cannot be had."""
+
+
 class LoadError(SketchconvError):
     """A sketch cannot be turned into a model."""
+
+
+class AdapterError(SketchconvError, ValueError):
+    """An adapter cannot be used: it does not fit the model, or there is none of this name."""
 
 
 class EvaluationError(SketchconvError):

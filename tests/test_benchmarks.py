@@ -86,6 +86,18 @@ def test_blocks():
     assert re.search(rf"^Q4_1 +{speed} +{speed}$", printed, re.MULTILINE), printed
 
 
+def test_tasks(tiny, tmp_path):
+    import sketchconv
+
+    base = tmp_path / "tiny.sktch"
+    sketchconv.convert(tiny, base)
+    printed = bench("bench_tasks.py", base, "--rounds", 1, "--tasks", 4, "--prompts", 8)
+    assert re.search(rf"^memory of 4 tasks / their LUTs: {RATIO}$", printed, re.MULTILINE), printed
+    assert re.search(rf"^set_adapter {NUMBER} ms, first forward {NUMBER} ms", printed, re.MULTILINE)
+    for what in ("products, 1 token each", "decoding step", "prompt of 8"):
+        assert re.search(rf"^{what}, 4 tasks: {RATIO}$", printed, re.MULTILINE), printed
+
+
 def test_deltas(tiny, tmp_path):
     import sketchconv
 

@@ -23,6 +23,7 @@ _COMMANDS = {
     "generate": ("sketchconv.cli.generate", "Write text with a sketched language model."),
     "delta": ("sketchconv.cli.delta", "Make, apply, revert and merge task deltas."),
     "push": ("sketchconv.cli.push", "Publish models, deltas and GGUF files on the Hub."),
+    "serve": ("sketchconv.cli.serve", "Serve a sketch and its task deltas by OpenAI's API."),
     "doctor": ("sketchconv.cli.doctor", "Show which kernels run here and why; test them."),
 }
 

@@ -23,6 +23,7 @@ __all__ = ["install", "why_not_call"]
 ROOM = 256  # positions beyond the prompt to begin with; the cache grows where that is not enough
 # Arguments with which `generate` runs something else than one sequence, token by token.
 OTHERS = (
+    "adapter_names",
     "past_key_values",
     "inputs_embeds",
     "assistant_model",

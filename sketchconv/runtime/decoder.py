@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from sketchconv.adapters.batch import current
+from sketchconv.adapters.manage import adapters_of
 from sketchconv.kernels.decoder.session import Session
 from sketchconv.kernels.dispatch import choose
 from sketchconv.runtime.decoder_cache import DecoderCache
@@ -53,10 +55,11 @@ class Decoder:
     Within the block a forward of one token with a cache of `cache()` is one compiled call; every
     other forward is the model's own. Activations are float32 whatever the model's dtype, and so
     are the logits. The model's weights must not change within the block; between blocks they may,
-    and a cache from before then goes through the modules. Blocks may be nested and run in several
-    threads. A copy of the model made within the block would answer for the original: copy before.
-    Between steps torch computes on one thread: waking its pool for the little that is left to do
-    took 150 ms per token on a busy machine.
+    and a cache from before then goes through the modules. An adapter that is switched within the
+    block is followed by the modules, no longer by the step; so are batches of several. Blocks may
+    be nested and run in several threads. A copy of the model made within the block would answer for
+    the original: copy before. Between steps torch computes on one thread: waking its pool for the
+    little that is left to do took 150 ms per token on a busy machine.
 
     Args:
         model: a model for which `why_not` is None.
@@ -162,6 +165,7 @@ def _with_step(model: Any, threads: int, weights: Fingerprint) -> Callable[..., 
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     original = type(model).forward
+    changes = adapters_of(model).changes
 
     @functools.wraps(original.__get__(model))
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -171,6 +175,8 @@ def _with_step(model: Any, threads: int, weights: Fingerprint) -> Callable[..., 
             len(args) <= 1
             and isinstance(cache, DecoderCache)
             and cache.weights == weights
+            and adapters_of(model).changes == changes
+            and current() is None
             and _asks_for_logits(model, **given)
             and _follows(cache.length, **given)
         ):

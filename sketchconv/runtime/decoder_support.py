@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sketchconv.adapters.methods import after_forward, before_forward
 from sketchconv.runtime.modules import SketchEmbedding, SketchLinear
 from sketchconv.runtime.tied import TiedSketchEmbedding, TiedSketchLinear
 
@@ -25,6 +26,7 @@ ATTENTIONS = ("eager", "sdpa")
 LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, SketchLinear, TiedSketchLinear)
 EMBEDDINGS: tuple[type[nn.Module], ...] = (nn.Embedding, SketchEmbedding, TiedSketchEmbedding)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OWN_HOOKS = (before_forward, after_forward)  # of adapters, which the decoder knows
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -101,7 +103,8 @@ def _state(model: Any, family: str) -> str | None:
         return "the model is in training mode"
     for path, module in model.named_modules():
         name = path or "the model"
-        if any(getattr(module, hooks, None) for hooks in HOOKS):
+        hooks = [hook for kind in HOOKS for hook in (getattr(module, kind, None) or {}).values()]
+        if any(hook not in OWN_HOOKS for hook in hooks):
             return f"{name} has hooks"
         forward = vars(module).get("forward")
         if forward is not None and not getattr(forward, "is_compiled_step", False):

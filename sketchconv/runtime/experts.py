@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sketchconv.adapters.batch import Names, current, use
 from sketchconv.unfold import FUSED
 
 
@@ -65,7 +66,13 @@ class Experts(nn.Module):
         tokens, routes = top_k_index.shape
         numbers, order = torch.sort(top_k_index.reshape(-1), stable=True)
         inputs = hidden_states[order // routes]
-        outputs = [self._run(n, inputs[span]) for n, span in _spans(numbers, self.num_experts)]
+        spans = _spans(numbers, self.num_experts)
+        names = current()
+        if names is None:
+            outputs = [self._run(n, inputs[span]) for n, span in spans]
+        else:
+            mine = [names[t * len(names) // tokens] for t in (order // routes).tolist()]
+            outputs = [self._run_mixed(n, inputs[span], tuple(mine[span])) for n, span in spans]
         done = sum(len(output) for output in outputs)
         outputs.append(inputs.new_zeros(len(inputs) - done, self.hidden_dim))
         weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order, None]
@@ -82,6 +89,11 @@ class Experts(nn.Module):
             gate, up = self.linear(number, "gate")(x), self.linear(number, "up")(x)
         output: Tensor = self.linear(number, "down")(self.act_fn(gate) * up)
         return output
+
+    def _run_mixed(self, number: int, x: Tensor, names: Names) -> Tensor:
+        """As `_run`; row r of `x` is a token of a sample with adapter ``names[r]``."""
+        with use(names):
+            return self._run(number, x)
 
     def fused(self) -> nn.Module:
         """The module that this one replaced, with these weights; all must be dense."""

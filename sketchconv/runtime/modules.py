@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from sketchconv.adapters.batch import Names, current
 from sketchconv.kernels import gemv, plain
-from sketchconv.runtime import functions, modes, ops
+from sketchconv.runtime import functions, mixed, modes, ops
 from sketchconv.runtime.functions import KERNEL_DTYPES, SketchGather, SketchMatmul
 from sketchconv.runtime.sketch import ANCHOR, SketchModule
 
@@ -21,6 +23,11 @@ def _same_device(name: str, tensor: Tensor, module: SketchModule) -> None:
             "expected all tensors to be on the same device, but "
             f"{name} is on {places[0]}, the index on {places[1]} and the LUT on {places[2]}"
         )
+
+
+def mixture() -> Names | None:
+    """The adapters of the samples of a mixed batch under way; no compiled program is one."""
+    return None if is_compiling() else current()
 
 
 class SketchLinear(SketchModule):
@@ -60,6 +67,8 @@ class SketchLinear(SketchModule):
             RuntimeError: `x` and the sketch are on different devices.
             ValueError: `x` has another width, or no float dtype.
         """
+        if self.tables().parked and (names := mixture()) is not None:
+            return self._mixed(x, names)
         if not modes.ordinary(x) or x.dtype not in KERNEL_DTYPES:
             return self._general(x)
         packed = self.packed()
@@ -74,13 +83,23 @@ class SketchLinear(SketchModule):
         y = gemv.multiply(packed, x)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _general(self, x: Tensor) -> Tensor:
-        """As `forward`, wherever more is going on than data in CPU memory."""
+    def _mixed(self, x: Tensor, names: Names) -> Tensor:
+        """As `forward`, for a batch of several adapters."""
+        self._check(x)
+        y = mixed.linear(self, x, names)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _check(self, x: Tensor) -> None:
         if not x.is_floating_point() or x.shape[-1] != self.columns:
             raise ValueError(
                 f"x must be float [..., {self.columns}], got {x.dtype} {tuple(x.shape)}"
             )
         _same_device("x", x, self)
+
+    def _general(self, x: Tensor) -> Tensor:
+        """As `forward`, wherever more is going on than data in CPU memory."""
+        self._check(x)
         index, lut = self._tensors()
         x = modes.autocasted(x)
         if modes.traced(x):
@@ -147,6 +166,8 @@ class SketchEmbedding(SketchModule):
 
     def _rows(self, ids: Tensor) -> Tensor:
         _same_device("ids", ids, self)
+        if self.tables().parked and (names := mixture()) is not None:
+            return mixed.embedding(self, ids, names, self.dtype, self.padding_idx)
         index, lut = self._tensors()
         args = (self.columns, self.dtype)
         if modes.traced(ids):

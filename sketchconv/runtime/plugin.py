@@ -112,10 +112,13 @@ class SktchQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
-        """Settle the sketches, freeze the model (train by `requires_grad_`), let it decode fast."""
+        """Settle the sketches, freeze the model, let it decode fast and take adapters."""
+        from sketchconv.adapters import methods
         from sketchconv.runtime.compiled_generate import install
         from sketchconv.runtime.modules import SketchModule
 
+        methods.install()
+        methods.hook(model)
         for module in model.modules():
             if isinstance(module, SketchModule):
                 module.settle()

@@ -12,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from sketchconv import __version__
+from sketchconv.adapters.tables import PREFIX
 from sketchconv.errors import LoadError
 from sketchconv.formats.digest import tensor_digest
 from sketchconv.formats.grids import FREE
@@ -58,7 +59,8 @@ def state_and_metadata(
         LoadError: transformers would store a sketch in another form, or a dtype has no name in the
             format.
     """
-    state = dict(model.state_dict())
+    # The base, whatever adapter is active: adapters are saved as deltas.
+    state = {name: t for name, t in model.state_dict().items() if f".{PREFIX}" not in name}
     paths = {
         path: module
         for path, module in model.named_modules()

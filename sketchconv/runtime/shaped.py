@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from sketchconv.formats.grids import GRIDS
 from sketchconv.kernels.packed import Packed
 from sketchconv.kernels.planes import packed_size
-from sketchconv.runtime import modes, products
+from sketchconv.runtime import mixed, modes, products
 from sketchconv.runtime.devices import DISK
 from sketchconv.runtime.functions import KERNEL_DTYPES
-from sketchconv.runtime.modules import SketchLinear, _same_device
+from sketchconv.runtime.modules import SketchLinear, _same_device, mixture
 from sketchconv.runtime.products import ShapedMatmul
 
 
@@ -85,15 +85,23 @@ class ShapedLinear(SketchLinear):
                 f"x must be float [..., {self.columns}], got {x.dtype} {tuple(x.shape)}"
             )
         _same_device("x", x, self)
-        index, scale = self._tensors()
         x = modes.autocasted(x)
-        form = (self.grid, self.bits)
-        if modes.ordinary(x) and x.dtype in KERNEL_DTYPES:
-            y: Tensor = ShapedMatmul.apply(x, index, scale, *form)  # type: ignore[no-untyped-call]
+        if self.tables().parked and (names := mixture()) is not None:
+            y = mixed.by_task(self, self._of_task, x, names)
         else:
-            y = products.multiply_plain(x, index, scale, *form)
+            y = self._product(x, self._tensors()[1])
         bias = self._parameters["bias"]
         return y if bias is None else y + bias.to(y.dtype)
+
+    def _of_task(self, x: Tensor, key: str) -> Tensor:
+        return self._product(x, self.lut_of(key))
+
+    def _product(self, x: Tensor, scale: Tensor) -> Tensor:
+        args = (self._tensors()[0], scale, self.grid, self.bits)
+        if modes.ordinary(x) and x.dtype in KERNEL_DTYPES:
+            y: Tensor = ShapedMatmul.apply(x, *args)  # type: ignore[no-untyped-call]
+            return y
+        return products.multiply_plain(x, *args)
 
     def _shape(self) -> str:
         return f"{super()._shape()}, grid={self.grid}"

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sketchconv.adapters.batch import BASE
+from sketchconv.adapters.tables import Tables
 from sketchconv.kernels import dequantize, plain
 from sketchconv.kernels.packed import LUT_DTYPES, Packed
 from sketchconv.kernels.planes import packed_size
+from sketchconv.runtime import locks
 from sketchconv.runtime.devices import DISK, arranged, best_order, gpu_kernels, restored
+from sketchconv.runtime.switching import Ready, Switching, fits
 
 ANCHOR = "dtype_anchor"
-_arranging = threading.RLock()  # two threads at once would turn an index twice
 
 
-def _after_fork() -> None:
-    """A thread that the fork left behind may hold the lock."""
-    global _arranging
-    _arranging = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-class SketchModule(nn.Module):
+class SketchModule(Switching):
     """A module whose weight `[rows, columns]` is a sketch.
 
     State: the buffer `sketch_index`, uint8 ``[rows, groups, bytes]`` in the packing `planes-le`,
@@ -53,7 +44,7 @@ class SketchModule(nn.Module):
     sketch_index: Tensor
     sketch_lut: Tensor
     dtype_anchor: nn.Parameter
-    _ready: tuple[Tensor, Tensor, torch.dtype, Packed] | None
+    _ready: Ready | None
     _arranged: tuple[Tensor, int] | None
     TABLE = "sketch_lut"  # the parameter that holds the values
 
@@ -74,6 +65,7 @@ class SketchModule(nn.Module):
         if lut_dtype not in LUT_DTYPES:
             raise ValueError(f"a LUT is float16, bfloat16 or float32, not {lut_dtype}")
         self.rows, self.columns, self.bits, self.groups = rows, columns, bits, groups
+        self._tables = Tables()
         self._forget()
         anchor = torch.empty(0, device=device, dtype=dtype)
         self.register_parameter(ANCHOR, nn.Parameter(anchor, requires_grad=False))
@@ -134,25 +126,22 @@ class SketchModule(nn.Module):
         """
         index, lut = self._tensors()
         ready = self._ready
-        if ready is not None:  # tensors are assigned, and their data swapped, by many a loader
-            known_index, known_lut, dtype, packed = ready
-            if (
-                known_index is index
-                and known_lut is lut
-                and packed.index_pointer == index.data_ptr()
-                and packed.lut_pointer == lut.data_ptr()
-                and dtype is lut.dtype
-            ):
-                return packed
+        # Tensors are assigned, and their data swapped, by many a loader.
+        if ready is not None and fits(ready, index, lut):
+            return ready[3]
         self._ready = None
-        if not (index.is_cpu and lut.is_cpu):
-            return None
-        with _arranging:
-            order = self.arrange()
-            index, lut = self._tensors()
-            packed = Packed.of(index.contiguous(), lut.contiguous(), self.columns, order)
-        self._ready = (index, lut, lut.dtype, packed)
+        packed = self._pack(lut)
+        if packed is not None:
+            self._ready = (self._tensors()[0], lut, lut.dtype, packed)
         return packed
+
+    def _pack(self, lut: Tensor) -> Packed | None:
+        if not (self._tensors()[0].is_cpu and lut.is_cpu):
+            return None
+        with locks.places:
+            order = self.arrange()
+            index = self._tensors()[0]
+            return Packed.of(index.contiguous(), lut.contiguous(), self.columns, order)
 
     def operands(self) -> tuple[Packed | None, Tensor, Tensor, str]:
         """The checked form (None off the CPU), index, LUT and the order of the index, all at once.
@@ -169,7 +158,8 @@ class SketchModule(nn.Module):
 
         Call it outside of traced code: a tracer reads `layout`.
         """
-        with _arranging, torch.inference_mode(False):  # a buffer of that mode could not be trained
+        # A buffer made in inference mode could not be trained.
+        with locks.places, torch.inference_mode(False):
             index = self._tensors()[0]
             if self._order_of(index) == DISK:
                 self._layout, self._arranged = DISK, None
@@ -198,6 +188,7 @@ class SketchModule(nn.Module):
         self._ready = None
         self._arranged = None
         self._layout = DISK
+        self._tables.forget()
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
         index, lut = self._buffers["sketch_index"], self._parameters[self.TABLE]
@@ -219,11 +210,13 @@ class SketchModule(nn.Module):
         after = self._parameters.get(self.TABLE)
         if before is not None and after is not None and after.dtype is not before.dtype:
             after.data = before.to(after.device)
+        self._tables.apply(fn)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + ANCHOR, None)
+        self._save_tables(destination, prefix, keep_vars)
         if self._arranged is not None and prefix + "sketch_index" in destination:
             destination[prefix + "sketch_index"] = self.disk_index()
 
@@ -232,7 +225,12 @@ class SketchModule(nn.Module):
     ) -> None:
         lost: list[str] = []
         self._to_disk_order()
+        active = self._tables.active
+        self.switch(BASE)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, lost, *rest)
+        assign = bool(metadata.get("assign_to_params_buffers", False))
+        self._load_tables(state_dict, prefix, assign, *rest)
+        self.switch(active)
         missing.extend(name for name in lost if name != prefix + ANCHOR)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sketchconv.adapters.tables import Tables
 from sketchconv.runtime.modules import SketchEmbedding, SketchLinear, SketchModule
 
 
@@ -18,6 +19,10 @@ class Tied(SketchModule):
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
         return self.owner._tensors()
+
+    def tables(self) -> Tables:
+        """The LUTs of the owner by adapter."""
+        return self.owner.tables()
 
     @property
     def layout(self) -> str:
