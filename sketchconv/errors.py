@@ -20,6 +20,7 @@ __all__ = [
     "SketchconvError",
     "SourceError",
     "Suspended",
+    "TuningError",
     "WeightError",
 ]
 
@@ -70,3 +71,7 @@ class LoadError(SketchconvError):
 
 class EvaluationError(SketchconvError):
     """A model, a text or a set of questions cannot be measured, or two models not be compared."""
+
+
+class TuningError(SketchconvError):
+    """A sketch cannot be tuned: its form, the data, an option, or a training that diverged."""

@@ -1,0 +1,311 @@
+"""`tune`: a sketch and data in, a task delta out."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainingArguments
+
+from sketchconv.errors import TuningError
+from sketchconv.recovery.student import working_dtype
+from sketchconv.runtime.load import load, load_tokenizer
+from sketchconv.tuning.callbacks import Reporter
+from sketchconv.tuning.documents import data_digest
+from sketchconv.tuning.masters import tuned_luts
+from sketchconv.tuning.material import Material, gather
+from sketchconv.tuning.options import ProgressCallback, TuneOptions, Tuning
+from sketchconv.tuning.packing import Collator, Rows, keeps_samples_apart
+from sketchconv.tuning.prepare import prepare_for_lut_training
+from sketchconv.tuning.trainer import LutTrainer
+from sketchconv.tuning.workplace import Workplace, base_digest, check_output
+
+_MEASUREMENTS = 10  # of the held-out samples, unless `eval_steps` says otherwise
+
+
+def tune(
+    base: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: TuneOptions | None = None,
+    *,
+    eval_data: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Tuning:
+    """Train the LUTs of the sketch `base` on `data`, and write them to `output` as a delta.
+
+    The loss is next-token cross-entropy: over all tokens of texts, over completions, over what the
+    assistant says in chats. While it runs, checkpoints lie in `OUTPUT.tuning`; the folder is
+    removed when the delta is written. The LUTs with the lowest held-out loss are written, rounded
+    to the base's dtype. The same inputs give the same bytes on the same machine with the same
+    number of threads, resumed or not.
+
+    Args:
+        base: a sketch, bundle or folder, of a causal language model.
+        data: `.txt` or `.jsonl`, see `documents.read_documents`.
+        output: path that ends in `.sktch`, or of a folder to make.
+        options: see `TuneOptions`.
+        eval_data: held-out data; None holds out a share of `data`.
+        resume: go on after the last checkpoint of an interrupted tuning.
+        force: replace an existing output, and drop an unfinished tuning.
+        progress: called after every step and measurement.
+
+    Raises:
+        TuningError: options, data or model do not fit; or the loss was not finite from the start.
+        LoadError: `base` is no sound sketch.
+        OutputError: the output exists or cannot be written.
+    """
+    chosen = options or TuneOptions()
+    base, data, output = Path(base), Path(data), Path(output)
+    held = None if eval_data is None else Path(eval_data)
+    check_output(output, force=force)
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(base)
+    model = _model(base, chosen)
+    material = gather(tokenizer, data, held, _vocabulary(model), chosen)
+    _check_packing(model, material, chosen)
+    prepare_for_lut_training(
+        model, embeddings=chosen.embeddings, head=chosen.head, gradient=chosen.gradient
+    )
+    place = Workplace(output, _setting(base, data, held, chosen))
+    checkpoint = place.open(resume=resume, force=force)
+    reporter = Reporter(progress)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    trainer = _trainer(model, material, chosen, place.folder, reporter, Collator(int(padding)))
+    before = _first_loss(trainer)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    after, best = _outcome(trainer)
+    result = Tuning(
+        output=str(output),
+        output_bytes=0,
+        steps=trainer.state.global_step,
+        best_step=best,
+        loss_before=before,
+        loss_after=after,
+        trained=trainer.training.values,
+        rows=len(material.rows),
+        learned=material.learned,
+        eval_learned=material.eval_learned,
+        seconds=time.perf_counter() - started,
+        notes=(*material.notes, *_notes(trainer, before, after)),
+        curve=tuple(reporter.curve),
+    )
+    return _written(result, trainer, base, place)
+
+
+def _model(base: Path, options: TuneOptions) -> PreTrainedModel:
+    """The base in the dtype to train in.
+
+    Raises:
+        TuningError: it is no causal language model.
+    """
+    model = load(base, dtype=_dtype(options))
+    if model.config.is_encoder_decoder or not hasattr(model, "get_output_embeddings"):
+        kind = type(model).__name__
+        raise TuningError(f"{base}: {kind} is no causal language model; use Trainer for others")
+    if model.get_output_embeddings() is None:
+        raise TuningError(
+            f"{base}: {type(model).__name__} has no output head, so it predicts no tokens; prepare "
+            "it with prepare_for_lut_training and use transformers' Trainer with your own loss"
+        )
+    return model
+
+
+def _bf16(options: TuneOptions) -> bool:
+    if options.bf16 is not None:
+        return options.bf16
+    return working_dtype(_device(options)) is torch.bfloat16
+
+
+def _device(options: TuneOptions) -> torch.device:
+    there = torch.cuda.is_available()
+    if options.device == "cuda" and not there:
+        raise TuningError("device cuda: torch finds no GPU; give cpu or auto")
+    return torch.device("cuda" if there and options.device != "cpu" else "cpu")
+
+
+def _dtype(options: TuneOptions) -> torch.dtype:
+    """Of what is frozen and not sketched: norms and, mostly, embeddings."""
+    return torch.bfloat16 if _bf16(options) else torch.float32
+
+
+def _vocabulary(model: Any) -> int:
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    return int(model.config.get_text_config().vocab_size if rows is None else rows)
+
+
+def _check_packing(model: PreTrainedModel, material: Material, options: TuneOptions) -> None:
+    packed = any(len(row) > 1 for row in (*material.rows, *material.held_out))
+    if options.packing and packed and not keeps_samples_apart(model):
+        raise TuningError(
+            f"{type(model).__name__} mixes samples that share a row (it does not start anew where "
+            "position ids do); give --no-packing"
+        )
+
+
+def _setting(base: Path, data: Path, held: Path | None, options: TuneOptions) -> dict[str, Any]:
+    return {
+        "base": base_digest(base),
+        "data": data_digest(data),
+        "eval_data": None if held is None else data_digest(held),
+        **options.to_json(),
+    }
+
+
+def _trainer(
+    model: PreTrainedModel,
+    material: Material,
+    options: TuneOptions,
+    folder: Path,
+    reporter: Reporter,
+    collator: Collator,
+) -> LutTrainer:
+    callbacks: list[Any] = [reporter]
+    if options.patience:
+        callbacks.append(EarlyStoppingCallback(options.patience))
+    trainer = LutTrainer(
+        model=model,
+        args=_arguments(options, folder, len(material.rows)),
+        train_dataset=Rows(material.rows),
+        eval_dataset=Rows(material.held_out),
+        data_collator=collator,
+        callbacks=callbacks,
+        relative=options.relative,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def total_steps(options: TuneOptions, rows: int, processes: int = 1) -> int:
+    """Steps that a tuning makes, unless it stops early."""
+    if options.max_steps is not None:
+        return options.max_steps
+    batches = math.ceil(rows / (options.batch_size * processes))
+    return max(1, math.ceil(math.ceil(batches / options.gradient_accumulation) * options.epochs))
+
+
+def _arguments(options: TuneOptions, folder: Path, rows: int) -> TrainingArguments:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = total_steps(options, rows, processes)
+    every = options.eval_steps or max(1, steps // _MEASUREMENTS)
+    return TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        max_steps=options.max_steps or -1,
+        num_train_epochs=options.epochs,
+        lr_scheduler_type="cosine",
+        warmup_steps=options.warmup,
+        adam_epsilon=options.epsilon,
+        max_grad_norm=options.max_grad_norm,
+        activation_checkpointing=options.activation_checkpointing,
+        bf16=_bf16(options),
+        use_cpu=_device(options).type == "cpu",
+        seed=options.seed,
+        data_seed=options.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def _first_loss(trainer: LutTrainer) -> float:
+    loss = trainer.evaluate()["eval_loss"]
+    if not math.isfinite(loss):
+        raise TuningError(
+            f"the held-out loss of the base is {loss}; look at the sketch with `sketchconv eval`"
+        )
+    return loss
+
+
+def _outcome(trainer: LutTrainer) -> tuple[float, int]:
+    """The held-out loss of the LUTs that the model has now, and the step that they are of."""
+    state = trainer.state
+    if state.best_metric is not None and math.isfinite(state.best_metric):
+        return float(state.best_metric), int(state.best_global_step or state.global_step)
+    loss = trainer.evaluate()["eval_loss"]
+    if not math.isfinite(loss) or (trainer.broken_at or 0) == 1:
+        raise TuningError(
+            "training gave no LUTs to keep: a gradient or the held-out loss was not finite; lower "
+            "--learning-rate or look at the data. Nothing was written"
+        )
+    return loss, state.global_step
+
+
+def _notes(trainer: LutTrainer, before: float, after: float) -> list[str]:
+    notes, state = [], trainer.state
+    if trainer.broken_at is not None:
+        notes.append(f"stopped at step {trainer.broken_at}: a gradient was not finite")
+    elif state.global_step < state.max_steps:
+        notes.append(
+            f"stopped early at step {state.global_step} of {state.max_steps}: the held-out loss "
+            "did not fall any more"
+        )
+    if after >= before:
+        notes.append("the held-out loss did not fall: try another learning rate or more data")
+    return notes
+
+
+def _written(result: Tuning, trainer: LutTrainer, base: Path, place: Workplace) -> Tuning:
+    """Write the delta from the main process; the others only report."""
+    from dataclasses import replace
+
+    from sketchconv.deltas import create
+
+    output, size = Path(result.output), 0
+    if trainer.is_world_process_zero():
+        create(base, tuned_luts(trainer.model), output, task=task_of(result, place.setting))
+        size = _size(output)
+        place.remove()
+    trainer.accelerator.wait_for_everyone()
+    return replace(result, output_bytes=size)
+
+
+def task_of(result: Tuning, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """What a delta says of its making; fractions as text, as documents have no floats."""
+    facts = {
+        "made_by": "sketchconv tune",
+        "data_sha256": setting["data"],
+        "eval_data_sha256": setting["eval_data"],
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "learned_tokens": result.learned,
+        "loss_before": result.loss_before,
+        "loss_after": result.loss_after,
+        "recipe": {k: v for k, v in setting.items() if k not in ("base", "data", "eval_data")},
+    }
+    plain: dict[str, Any] = _without_floats(facts)
+    return plain
+
+
+def _without_floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_floats(item) for key, item in value.items()}
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _size(output: Path) -> int:
+    files = [output] if output.is_file() else [p for p in output.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files)
