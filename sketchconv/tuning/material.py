@@ -118,7 +118,7 @@ def _split(
     count = min(max(1, round(len(samples) * options.eval_share)), len(samples) - 1)
     numbers = list(range(len(samples)))
     if _is_json(data):
-        chosen = set(random.Random(options.seed).sample(numbers, count))  # noqa: S311
+        chosen = set(random.Random(options.seed).sample(numbers, count))
     else:
         chosen = set(numbers[-count:])
     return (
