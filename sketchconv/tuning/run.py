@@ -6,15 +6,16 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 
+from sketchconv.deltas import create
 from sketchconv.errors import TuningError
-from sketchconv.recovery.student import working_dtype
 from sketchconv.runtime.load import load, load_tokenizer
+from sketchconv.tuning.arguments import arguments, model_dtype
 from sketchconv.tuning.callbacks import Reporter
 from sketchconv.tuning.documents import data_digest
 from sketchconv.tuning.masters import tuned_luts
@@ -24,8 +25,6 @@ from sketchconv.tuning.packing import Collator, Rows, keeps_samples_apart
 from sketchconv.tuning.prepare import prepare_for_lut_training
 from sketchconv.tuning.trainer import LutTrainer
 from sketchconv.tuning.workplace import Workplace, base_digest, check_output
-
-_MEASUREMENTS = 10  # of the held-out samples, unless `eval_steps` says otherwise
 
 
 def tune(
@@ -97,7 +96,7 @@ def tune(
         notes=(*material.notes, *_notes(trainer, before, after)),
         curve=tuple(reporter.curve),
     )
-    return _written(result, trainer, base, place)
+    return _written(result, trainer, base, place, force)
 
 
 def _model(base: Path, options: TuneOptions) -> PreTrainedModel:
@@ -106,7 +105,7 @@ def _model(base: Path, options: TuneOptions) -> PreTrainedModel:
     Raises:
         TuningError: it is no causal language model.
     """
-    model = load(base, dtype=_dtype(options))
+    model = load(base, dtype=model_dtype(options))
     if model.config.is_encoder_decoder or not hasattr(model, "get_output_embeddings"):
         kind = type(model).__name__
         raise TuningError(f"{base}: {kind} is no causal language model; use Trainer for others")
@@ -116,24 +115,6 @@ def _model(base: Path, options: TuneOptions) -> PreTrainedModel:
             "it with prepare_for_lut_training and use transformers' Trainer with your own loss"
         )
     return model
-
-
-def _bf16(options: TuneOptions) -> bool:
-    if options.bf16 is not None:
-        return options.bf16
-    return working_dtype(_device(options)) is torch.bfloat16
-
-
-def _device(options: TuneOptions) -> torch.device:
-    there = torch.cuda.is_available()
-    if options.device == "cuda" and not there:
-        raise TuningError("device cuda: torch finds no GPU; give cpu or auto")
-    return torch.device("cuda" if there and options.device != "cpu" else "cpu")
-
-
-def _dtype(options: TuneOptions) -> torch.dtype:
-    """Of what is frozen and not sketched: norms and, mostly, embeddings."""
-    return torch.bfloat16 if _bf16(options) else torch.float32
 
 
 def _vocabulary(model: Any) -> int:
@@ -154,8 +135,10 @@ def _check_packing(model: PreTrainedModel, material: Material, options: TuneOpti
 def _setting(base: Path, data: Path, held: Path | None, options: TuneOptions) -> dict[str, Any]:
     return {
         "base": base_digest(base),
-        "data": data_digest(data),
-        "eval_data": None if held is None else data_digest(held),
+        "data": data.name,
+        "data_sha256": data_digest(data),
+        "eval_data": None if held is None else held.name,
+        "eval_data_sha256": None if held is None else data_digest(held),
         **options.to_json(),
     }
 
@@ -173,7 +156,7 @@ def _trainer(
         callbacks.append(EarlyStoppingCallback(options.patience))
     trainer = LutTrainer(
         model=model,
-        args=_arguments(options, folder, len(material.rows)),
+        args=arguments(options, folder, len(material.rows)),
         train_dataset=Rows(material.rows),
         eval_dataset=Rows(material.held_out),
         data_collator=collator,
@@ -182,53 +165,6 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def total_steps(options: TuneOptions, rows: int, processes: int = 1) -> int:
-    """Steps that a tuning makes, unless it stops early."""
-    if options.max_steps is not None:
-        return options.max_steps
-    batches = math.ceil(rows / (options.batch_size * processes))
-    return max(1, math.ceil(math.ceil(batches / options.gradient_accumulation) * options.epochs))
-
-
-def _arguments(options: TuneOptions, folder: Path, rows: int) -> TrainingArguments:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    steps = total_steps(options, rows, processes)
-    every = options.eval_steps or max(1, steps // _MEASUREMENTS)
-    return TrainingArguments(
-        output_dir=str(folder),
-        learning_rate=options.learning_rate,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        max_steps=options.max_steps or -1,
-        num_train_epochs=options.epochs,
-        lr_scheduler_type="cosine",
-        warmup_steps=options.warmup,
-        adam_epsilon=options.epsilon,
-        max_grad_norm=options.max_grad_norm,
-        activation_checkpointing=options.activation_checkpointing,
-        bf16=_bf16(options),
-        use_cpu=_device(options).type == "cpu",
-        seed=options.seed,
-        data_seed=options.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to="none",
-    )
 
 
 def _first_loss(trainer: LutTrainer) -> float:
@@ -268,44 +204,29 @@ def _notes(trainer: LutTrainer, before: float, after: float) -> list[str]:
     return notes
 
 
-def _written(result: Tuning, trainer: LutTrainer, base: Path, place: Workplace) -> Tuning:
+def _written(
+    result: Tuning, trainer: LutTrainer, base: Path, place: Workplace, force: bool
+) -> Tuning:
     """Write the delta from the main process; the others only report."""
-    from dataclasses import replace
-
-    from sketchconv.deltas import create
-
-    output, size = Path(result.output), 0
-    if trainer.is_world_process_zero():
-        create(base, tuned_luts(trainer.model), output, task=task_of(result, place.setting))
-        size = _size(output)
-        place.remove()
-    trainer.accelerator.wait_for_everyone()
-    return replace(result, output_bytes=size)
+    if not trainer.is_world_process_zero():
+        return result
+    task = task_of(result, place.setting)
+    luts = tuned_luts(trainer.model)
+    summary = create(base, luts, result.output, task=task, force=force)
+    place.remove()
+    return replace(result, output_bytes=summary.nbytes)
 
 
 def task_of(result: Tuning, setting: Mapping[str, Any]) -> dict[str, Any]:
-    """What a delta says of its making; fractions as text, as documents have no floats."""
-    facts = {
+    """What a delta says of its making."""
+    files = ("base", "data", "data_sha256", "eval_data", "eval_data_sha256")
+    return {
         "made_by": "sketchconv tune",
-        "data_sha256": setting["data"],
-        "eval_data_sha256": setting["eval_data"],
+        **{name: setting[name] for name in files if name != "base"},
         "steps": result.steps,
         "best_step": result.best_step,
         "learned_tokens": result.learned,
         "loss_before": result.loss_before,
         "loss_after": result.loss_after,
-        "recipe": {k: v for k, v in setting.items() if k not in ("base", "data", "eval_data")},
+        "recipe": {name: value for name, value in setting.items() if name not in files},
     }
-    plain: dict[str, Any] = _without_floats(facts)
-    return plain
-
-
-def _without_floats(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_floats(item) for key, item in value.items()}
-    return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def _size(output: Path) -> int:
-    files = [output] if output.is_file() else [p for p in output.rglob("*") if p.is_file()]
-    return sum(file.stat().st_size for file in files)
