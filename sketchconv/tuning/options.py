@@ -11,7 +11,7 @@ from sketchconv.errors import TuningError
 from sketchconv.tuning.optimizer import EPSILON
 from sketchconv.tuning.prepare import DEFAULT_GRADIENT, GRADIENTS, Gradient
 
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,11 +82,14 @@ def write(
 
     With `everything`, embedding and head are sketched too.
     """
-    records, blobs = {}, {}
+    records, blobs, seen = {}, {}, set()
     for path, module in model.named_modules():
         linear = isinstance(module, torch.nn.Linear) and (everything or "lm_head" not in path)
         if not (linear or (everything and isinstance(module, torch.nn.Embedding))):
             continue
+        if module.weight.data_ptr() in seen:  # tied to one that is sketched
+            continue
+        seen.add(module.weight.data_ptr())
         record, parts = sketched(f"{path}.weight", module.weight.detach(), bits, groups, lut)
         records[record.name] = record
         blobs.update(parts)
