@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_a_tuning(tiny, text_file, tmp_path):
     assert result.output_bytes == out.stat().st_size
     assert [e.step for e in result.curve if e.loss is not None] == list(range(1, 9))
     assert [e.step for e in result.curve if e.eval_loss is not None] == [0, 2, 4, 6, 8]
-    assert result.curve[-1].loss < result.curve[1].loss
+    losses = [e.loss for e in result.curve if e.loss is not None]
+    assert losses[-1] < losses[0] - 0.2
     assert not (tmp_path / "task.sktch.tuning").exists()
     assert tiny.read_bytes() == before
     task = info(out).task
@@ -117,8 +119,8 @@ def test_resumed_equals_uninterrupted(makers, text_file, tmp_path, accumulation)
     assert not list(tmp_path.rglob("*.pt*")), "no pickle"
     with pytest.raises(TuningError, match=r"unfinished tuning \(checkpoint-4\).*--resume"):
         tune(tiny, text_file, parts, options)
-    with pytest.raises(TuningError, match="another setting \\(learning_rate 0.01 -> 0.02\\)"):
-        tune(tiny, text_file, parts, quick(learning_rate=2e-2), resume=True)
+    with pytest.raises(TuningError, match=r"another setting \(learning_rate 0\.01 -> 0\.02\)"):
+        tune(tiny, text_file, parts, replace(options, learning_rate=2e-2), resume=True)
     second = tune(tiny, text_file, parts, options, resume=True)
     ours, theirs = resolve(parts, tiny), resolve(tmp_path / "whole.sktch", tiny)
     assert ours.keys() == theirs.keys()
@@ -134,14 +136,16 @@ def test_nothing_to_resume(tiny, text_file, tmp_path):
 
 
 def test_early_stop_keeps_the_best(tiny, text_file, tmp_path):
-    """A learning rate that ruins the model: the first steps rise, then patience ends."""
-    options = quick(learning_rate=1.0, warmup=0, max_steps=40, patience=2)
-    result = tune(tiny, text_file, tmp_path / "task.sktch", options)
+    """Held-out text of other letters: what is learned first helps, what comes later does not."""
+    other = tmp_path / "other.txt"
+    other.write_text("0123456789 " * 12)
+    options = quick(learning_rate=3e-2, warmup=0, max_steps=60, patience=2)
+    result = tune(tiny, text_file, tmp_path / "task.sktch", options, eval_data=other)
     losses = [e.eval_loss for e in result.curve[1:] if e.eval_loss is not None]
-    assert result.steps < 40
+    assert result.steps < 60
     assert result.loss_after == min(losses)
     assert result.best_step == 2 * (1 + losses.index(min(losses)))
-    assert result.steps == result.best_step + 4
+    assert losses[-1] >= losses[-3]
     assert any("stopped early" in note for note in result.notes)
 
 
@@ -181,7 +185,7 @@ def test_a_broken_gradient_stops_with_the_last_good_state(tiny, text_file, tmp_p
 def test_broken_from_the_start_writes_nothing(tiny, text_file, tmp_path, monkeypatch):
     broken_after(0, monkeypatch)
     out = tmp_path / "task.sktch"
-    with pytest.raises(TuningError, match="training gave no LUTs to keep.*Nothing was written"):
+    with pytest.raises(TuningError, match=r"training gave no LUTs to keep.*Nothing was written"):
         tune(tiny, text_file, out, quick())
     assert not out.exists()
 
