@@ -129,7 +129,7 @@ def _split(
 
 def _first(samples: Sequence[Sample], most: int) -> tuple[Sample, ...]:
     """The first samples that hold at most so many tokens, but at least one."""
-    total, kept = 0, []
+    total, kept = 0, list[Sample]()
     for sample in samples:
         total += len(sample.ids)
         if kept and total > most:

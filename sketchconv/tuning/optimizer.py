@@ -46,7 +46,8 @@ class LutAdamW(AdamW):
             self.broken = True
             return None
         if not self.relative:
-            return super().step(closure)
+            plain: float | None = super().step(closure)
+            return plain
         before = [parameter.clone() for parameter in parameters]
         loss: float | None = super().step(closure)
         for parameter, former, unit in zip(parameters, before, self._units, strict=True):

@@ -104,8 +104,9 @@ def keeps_samples_apart(model: PreTrainedModel) -> bool:
     size = int(model.config.get_text_config().vocab_size)
     ids = ((torch.arange(2 * _PROBE, device=device) * 7 + 1) % size).view(1, -1)
     places = torch.arange(_PROBE, device=device).repeat(2)[None]
+    network: Any = model
     mode = model.training
-    model.eval()
+    network.eval()
     try:
         with torch.no_grad():
             alone = _logits(model, input_ids=ids[:, _PROBE:])

@@ -130,7 +130,8 @@ def _master(name: str, module: SketchModule, gradient: str) -> Master:
     master = Master(name, module, lut.dtype, unit)
     if gradient == "mean":
         scale = _shares(module)
-        master.parameter.register_hook(lambda grad: grad * scale.to(grad.device))
+        parameter: Any = master.parameter
+        parameter.register_hook(lambda grad: grad * scale.to(grad.device))
     return master
 
 
@@ -144,7 +145,7 @@ def _shares(module: SketchModule) -> Tensor:
     return counts.round_().clamp_(min=1).reciprocal_()
 
 
-def _require_input_gradients(model: PreTrainedModel) -> None:
+def _require_input_gradients(model: Any) -> None:
     """Let hidden states require gradients from the embeddings on.
 
     Reentrant activation checkpointing gives no gradient at all to a block whose input needs none.

@@ -99,13 +99,13 @@ def tune(
     return _written(result, trainer, base, place, force)
 
 
-def _model(base: Path, options: TuneOptions) -> PreTrainedModel:
+def _model(base: Path, options: TuneOptions) -> Any:
     """The base in the dtype to train in.
 
     Raises:
         TuningError: it is no causal language model.
     """
-    model = load(base, dtype=model_dtype(options))
+    model: Any = load(base, dtype=model_dtype(options))
     if model.config.is_encoder_decoder or not hasattr(model, "get_output_embeddings"):
         kind = type(model).__name__
         raise TuningError(f"{base}: {kind} is no causal language model; use Trainer for others")
@@ -211,7 +211,8 @@ def _written(
     if not trainer.is_world_process_zero():
         return result
     task = task_of(result, place.setting)
-    luts = tuned_luts(trainer.model)
+    model: Any = trainer.model
+    luts = tuned_luts(model)
     summary = create(base, luts, result.output, task=task, force=force)
     place.remove()
     return replace(result, output_bytes=summary.nbytes)

@@ -46,7 +46,8 @@ class LutTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.training = training_of(self.model)
+        network: Any = self.model
+        self.training = training_of(network)
         self.relative = relative
         self.cache_weights = cache_weights
         self._products: Products | None = None
@@ -147,7 +148,7 @@ class LutTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or str(self.args.output_dir))
             checkpoints.save_masters(folder, self.training.masters)
 
     def _load_from_checkpoint(
@@ -161,14 +162,16 @@ class LutTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
             names = [master.name for master in self.training.masters]
-            schedule = _plain(self.lr_scheduler.state_dict())
+            scheduler: Any = self.lr_scheduler
+            schedule = _plain(scheduler.state_dict())
             checkpoints.save_optimizer(Path(output_dir), self.optimizer, schedule, names)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             names = [master.name for master in self.training.masters]
             schedule = checkpoints.load_optimizer(Path(checkpoint), self.optimizer, names)
-            self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **schedule})
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict({**scheduler.state_dict(), **schedule})
 
     def _save_rng_state(self, output_dir: str) -> None:
         checkpoints.save_random(Path(output_dir), self.args.process_index)
