@@ -110,6 +110,7 @@ def command(base: Path, data: Path, output: Path, **options: Any) -> None:
     from sketchconv.cli.progress import silence_transformers
     from sketchconv.cli.tune_progress import show_tuning
     from sketchconv.runtime.load import set_threads
+    from sketchconv.tuning.arguments import first_process
     from sketchconv.tuning.plot import check_curve_file, save_curve
     from sketchconv.tuning.run import tune
 
@@ -118,7 +119,7 @@ def command(base: Path, data: Path, output: Path, **options: Any) -> None:
     if options["threads"] is not None:
         set_threads(options["threads"])
     silence_transformers()
-    with show_tuning(quiet=options["quiet"]) as progress:
+    with show_tuning(quiet=options["quiet"] or not first_process()) as progress:
         result = tune(
             base,
             data,
@@ -129,6 +130,8 @@ def command(base: Path, data: Path, output: Path, **options: Any) -> None:
             force=options["force"],
             progress=progress,
         )
+    if not first_process():
+        return
     if options["as_json"]:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:

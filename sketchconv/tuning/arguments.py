@@ -48,6 +48,11 @@ def total_steps(options: TuneOptions, rows: int, processes: int = 1) -> int:
     return max(1, math.ceil(math.ceil(batches / options.gradient_accumulation) * options.epochs))
 
 
+def first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def arguments(options: TuneOptions, folder: Path, rows: int) -> TrainingArguments:
     """Arguments of a Trainer for so many rows, with checkpoints in `folder`."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -82,6 +87,7 @@ def arguments(options: TuneOptions, folder: Path, rows: int) -> TrainingArgument
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,
         remove_unused_columns=False,
+        use_cache=False,  # samples in one row are told apart only without a cache
         dataloader_pin_memory=False,
         disable_tqdm=True,
         report_to="none",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,10 @@ def finish_lut_training(model: nn.Module) -> None:
         master.module.sketch_lut = nn.Parameter(luts[master.name].to(device), requires_grad=False)
     model.requires_grad_(False)
     for module in model.modules():
-        module.__dict__.pop(ATTRIBUTE, None)
+        if module.__dict__.pop(ATTRIBUTE, None) is not None:
+            forget: Any = getattr(module, "disable_input_require_grads", None)
+            if forget is not None:
+                forget()
 
 
 @contextmanager

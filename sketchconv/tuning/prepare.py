@@ -46,6 +46,9 @@ def prepare_for_lut_training(
     Embeddings and heads are left out by default: their LUTs are most of the parameters of a small
     model, and only rows of tokens that the data holds would learn.
 
+    A copy (`copy.deepcopy`) of a prepared model loses the hooks that make means of sums: prepare
+    after copying.
+
     Raises:
         TuningError: no sketch, a shaped one (`--grid`), or a model that is prepared already.
 

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 from sketchconv.deltas import create
 from sketchconv.errors import TuningError
 from sketchconv.runtime.load import load, load_tokenizer
-from sketchconv.tuning.arguments import arguments, model_dtype
+from sketchconv.tuning.arguments import arguments, first_process, model_dtype
 from sketchconv.tuning.callbacks import Reporter
 from sketchconv.tuning.documents import data_digest
 from sketchconv.tuning.masters import tuned_luts
@@ -44,7 +44,8 @@ def tune(
     assistant says in chats. While it runs, checkpoints lie in `OUTPUT.tuning`; the folder is
     removed when the delta is written. The LUTs with the lowest held-out loss are written, rounded
     to the base's dtype. The same inputs give the same bytes on the same machine with the same
-    number of threads, resumed or not.
+    number of threads, resumed or not. Under `accelerate launch` every process takes its share of
+    the rows, and the first one writes.
 
     Args:
         base: a sketch, bundle or folder, of a causal language model.
@@ -64,6 +65,7 @@ def tune(
     chosen = options or TuneOptions()
     base, data, output = Path(base), Path(data), Path(output)
     held = None if eval_data is None else Path(eval_data)
+    first = first_process()
     check_output(output, force=force)
     started = time.perf_counter()
     tokenizer = load_tokenizer(base)
@@ -73,9 +75,9 @@ def tune(
     prepare_for_lut_training(
         model, embeddings=chosen.embeddings, head=chosen.head, gradient=chosen.gradient
     )
-    place = Workplace(output, _setting(base, data, held, chosen))
+    place = Workplace(output, _setting(base, data, held, chosen), mine=first)
     checkpoint = place.open(resume=resume, force=force)
-    reporter = Reporter(progress)
+    reporter = Reporter(progress if first else None)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = _trainer(model, material, chosen, place.folder, reporter, Collator(int(padding)))
     before = _first_loss(trainer)
@@ -208,7 +210,7 @@ def _written(
     result: Tuning, trainer: LutTrainer, base: Path, place: Workplace, force: bool
 ) -> Tuning:
     """Write the delta from the main process; the others only report."""
-    if not trainer.is_world_process_zero():
+    if not place.mine:
         return result
     task = task_of(result, place.setting)
     model: Any = trainer.model

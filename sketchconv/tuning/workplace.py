@@ -41,9 +41,11 @@ class Workplace:
     Args:
         output: of the tuning.
         setting: all that decides what is trained: sketch, data, options.
+        mine: whether this process makes and removes the folder; of several only the first does.
     """
 
-    def __init__(self, output: Path, setting: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, setting: Mapping[str, Any], *, mine: bool = True) -> None:
+        self.mine = mine
         self.folder = output.with_name(f"{output.name}.tuning")
         self.setting = json.loads(json.dumps(dict(setting)))
 
@@ -60,6 +62,8 @@ class Workplace:
                 raise TuningError(f"{self.folder}: no checkpoint to resume from; omit --resume")
             self._compare()
             return found
+        if not self.mine:
+            return None
         if found is not None and not force:
             raise TuningError(
                 f"{self.folder} holds an unfinished tuning ({found.name}); give --resume to go on "
@@ -72,7 +76,7 @@ class Workplace:
 
     def remove(self) -> None:
         """Remove the folder and all checkpoints."""
-        if self.folder.exists():
+        if self.mine and self.folder.exists():
             shutil.rmtree(self.folder)
 
     def _compare(self) -> None:

@@ -106,6 +106,49 @@ def measured(model, path, tiny):
     return total / count
 
 
+def test_of_chats_only_assistant_turns_count_packed_or_not(tiny, tmp_path):
+    """Against a plain loop over the tokens that the assistant says, each chat by itself."""
+    data, tokenizer = tmp_path / "chats.jsonl", sketchconv.load_tokenizer(tiny)
+    chats = [(f"say {n}", f"it is {n}{'!' * (n % 5)}") for n in range(12)]
+    turns = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in chats
+    ]
+    data.write_text("\n".join(json.dumps({"messages": t}) for t in turns))
+    model, total, count = sketchconv.load(tiny), 0.0, 0
+    for question, answer in chats:
+        prompt = tokenizer(f"<|user|>{question}<|end|><|assistant|>").input_ids
+        ids = torch.tensor([prompt + tokenizer(f"{answer}<|end|>").input_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        said = ids[0, len(prompt) :]
+        total += float(torch.nn.functional.cross_entropy(logits, said, reduction="sum"))
+        count += len(said)
+    for packing in (True, False):
+        options = quick(seq_len=80, packing=packing, max_steps=1)
+        out = tmp_path / f"{packing}.sktch"
+        result = tune(tiny, data, out, options, eval_data=data)
+        assert result.eval_learned == result.learned == count
+        assert (result.rows < 12) is packing
+        assert result.loss_before == pytest.approx(total / count, rel=1e-6)
+        first = next(e.loss for e in result.curve if e.step == 1)
+        assert 2 < first < 6
+
+
+def test_one_step_on_all_rows_is_the_same_packed_or_not(tiny, tmp_path):
+    """The loss of a step over everything: the mean over all learned tokens."""
+    data = tmp_path / "texts.jsonl"
+    data.write_text("\n".join(json.dumps({"text": "abc " * (1 + n % 4)}) for n in range(12)))
+    found = []
+    for packing, batch in ((True, 4), (False, 12), (False, 4)):
+        options = quick(packing=packing, batch_size=batch, max_steps=1, seq_len=40)
+        options = replace(options, gradient_accumulation=12 // batch)
+        out = tmp_path / f"{packing}{batch}.sktch"
+        result = tune(tiny, data, out, options, eval_data=data)
+        found.append(next(e.loss for e in result.curve if e.loss is not None))
+    assert found[1] == pytest.approx(found[2], rel=1e-6)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resumed_equals_uninterrupted(makers, text_file, tmp_path, accumulation):
     """Bit for bit, with dropout and shuffling, on one thread."""
