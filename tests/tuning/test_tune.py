@@ -12,12 +12,12 @@ from click.testing import CliRunner
 
 import sketchconv
 from sketchconv.cli.main import cli
-from sketchconv.cli.tune_progress import curve_text
+from sketchconv.cli.tune_progress import curve_text, show_tuning
 from sketchconv.deltas import info, resolve
 from sketchconv.errors import LoadError, OutputError, TuningError
 from sketchconv.formats.reader import SktchModel
 from sketchconv.tuning.callbacks import Reporter
-from sketchconv.tuning.options import TuneOptions
+from sketchconv.tuning.options import TuneOptions, TuneStep
 from sketchconv.tuning.plot import save_curve
 from sketchconv.tuning.run import tune
 from sketchconv.tuning.trainer import LutTrainer
@@ -337,3 +337,23 @@ def test_the_curve_as_text():
     assert curve_text([1.0, 1.0]) == "▁▁"
     assert curve_text([2.0, 1.0, 0.0, 1.0], width=4)[0] == "█"
     assert len(curve_text(list(range(1000)), width=40)) == 40
+
+
+def test_the_live_curve(monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with show_tuning(quiet=False) as progress:
+        progress(TuneStep(0, 0, None, 3.0, None, 0.0))
+        progress(TuneStep(1, 2, 2.5, None, 1e-3, 1.0))
+        progress(TuneStep(2, 2, None, 2.0, None, 2.0))
+    with show_tuning(quiet=True) as progress:
+        assert progress is None
+
+
+def test_lines_for_logs(capsys):
+    with show_tuning(quiet=False) as progress:
+        for step in range(1, 21):
+            progress(TuneStep(step, 20, 2.5, None, 1e-3, float(step)))
+        progress(TuneStep(20, 20, None, 2.0, None, 20.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "step 20/20  held-out loss 2.0000  20 s"
+    assert len(lines) == 5
