@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
+import torch
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from sketchconv.deltas import create
-from sketchconv.errors import TuningError
+from sketchconv.errors import EvaluationError, TuningError
+from sketchconv.evaluation.network import Network
 from sketchconv.runtime.load import load, load_tokenizer
 from sketchconv.tuning.arguments import arguments, first_process, model_dtype
 from sketchconv.tuning.callbacks import Reporter
@@ -25,6 +28,8 @@ from sketchconv.tuning.packing import Collator, Rows, keeps_samples_apart
 from sketchconv.tuning.prepare import prepare_for_lut_training
 from sketchconv.tuning.trainer import LutTrainer
 from sketchconv.tuning.workplace import Workplace, base_digest, check_output
+
+_PROBE_TOKENS = 16
 
 
 def tune(
@@ -81,9 +86,22 @@ def tune(
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = _trainer(model, material, chosen, place.folder, reporter, Collator(int(padding)))
     before = _first_loss(trainer)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _train(trainer, checkpoint)
+    seconds = time.perf_counter() - started
+    result = _result(output, trainer, material, reporter, before, seconds)
+    return _written(result, trainer, base, place, force)
+
+
+def _result(
+    output: Path,
+    trainer: LutTrainer,
+    material: Material,
+    reporter: Reporter,
+    before: float,
+    seconds: float,
+) -> Tuning:
     after, best = _outcome(trainer)
-    result = Tuning(
+    return Tuning(
         output=str(output),
         output_bytes=0,
         steps=trainer.state.global_step,
@@ -94,27 +112,31 @@ def tune(
         rows=len(material.rows),
         learned=material.learned,
         eval_learned=material.eval_learned,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         notes=(*material.notes, *_notes(trainer, before, after)),
         curve=tuple(reporter.curve),
     )
-    return _written(result, trainer, base, place, force)
 
 
 def _model(base: Path, options: TuneOptions) -> Any:
     """The base in the dtype to train in.
 
     Raises:
-        TuningError: it is no causal language model.
+        TuningError: it is no causal language model, or does not know rows of this length.
     """
     model: Any = load(base, dtype=model_dtype(options))
-    if model.config.is_encoder_decoder or not hasattr(model, "get_output_embeddings"):
-        kind = type(model).__name__
-        raise TuningError(f"{base}: {kind} is no causal language model; use Trainer for others")
-    if model.get_output_embeddings() is None:
+    probe = torch.arange(_PROBE_TOKENS)[None] % _vocabulary(model)
+    try:
+        with torch.no_grad():
+            Network(model, str(base)).states(probe)
+    except EvaluationError as error:
         raise TuningError(
-            f"{base}: {type(model).__name__} has no output head, so it predicts no tokens; prepare "
-            "it with prepare_for_lut_training and use transformers' Trainer with your own loss"
+            f"{error}; for other models prepare_for_lut_training and transformers' Trainer"
+        ) from None
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and options.seq_len > longest:
+        raise TuningError(
+            f"{base}: the model knows {longest} positions, --seq-len is {options.seq_len}"
         )
     return model
 
@@ -178,10 +200,22 @@ def _first_loss(trainer: LutTrainer) -> float:
     return loss
 
 
+def _train(trainer: LutTrainer, checkpoint: Path | None) -> None:
+    """All steps that are missing; none after a checkpoint with which training had ended."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        control = state.stateful_callbacks.get("TrainerControl", {})
+        if control.get("args", {}).get("should_training_stop"):
+            trainer.restore(checkpoint, state)
+            return
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
 def _outcome(trainer: LutTrainer) -> tuple[float, int]:
     """The held-out loss of the LUTs that the model has now, and the step that they are of."""
     state = trainer.state
-    if state.best_metric is not None and math.isfinite(state.best_metric):
+    found = state.best_model_checkpoint is not None and state.best_metric is not None
+    if found and math.isfinite(state.best_metric):
         return float(state.best_metric), int(state.best_global_step or state.global_step)
     loss = trainer.evaluate()["eval_loss"]
     if not math.isfinite(loss) or (trainer.broken_at or 0) == 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from sketchconv.recovery.attention import quicker_attention
 from sketchconv.recovery.products import Products, decoded
@@ -51,6 +51,7 @@ class LutTrainer(Trainer):
         self.relative = relative
         self.cache_weights = cache_weights
         self._products: Products | None = None
+        self._seen: int | None = None  # the step whose LUTs are decoded
         self._stop = BrokenStop()
         self.add_callback(self._stop)
 
@@ -137,12 +138,21 @@ class LutTrainer(Trainer):
             finally:
                 self._products = None
 
-    _seen: int | None = None
-
     def _stale(self) -> bool:
         """Whether an optimizer's step was made since the weights were decoded."""
         seen, self._seen = self._seen, self.state.global_step
         return seen != self._seen
+
+    def restore(self, checkpoint: Path, state: TrainerState) -> None:
+        """Be as after the training that ended with this checkpoint: the best LUTs in place."""
+        self.state = state
+        checkpoints.load_masters(checkpoint, self.training.masters)
+        best = state.best_model_checkpoint
+        if best is not None and Path(best).is_dir():
+            self._load_best_model()
+        else:
+            self.state.best_model_checkpoint = None
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
 
     # ---- checkpoints: names and arguments are those of transformers' own methods ----
 

@@ -46,7 +46,8 @@ class Workplace:
 
     def __init__(self, output: Path, setting: Mapping[str, Any], *, mine: bool = True) -> None:
         self.mine = mine
-        self.folder = output.with_name(f"{output.name}.tuning")
+        # Absolute: transformers keeps the path of the best checkpoint, for a later resumption too.
+        self.folder = output.absolute().with_name(f"{output.name}.tuning")
         self.setting = json.loads(json.dumps(dict(setting)))
 
     def open(self, *, resume: bool, force: bool) -> Path | None:

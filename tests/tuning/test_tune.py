@@ -173,6 +173,26 @@ def test_resumed_equals_uninterrupted(makers, text_file, tmp_path, accumulation)
     assert facts == [(e.step, e.loss, e.eval_loss) for e in whole.curve]
 
 
+def test_a_delta_that_could_not_be_written_is_written_on_resumption(
+    tiny, text_file, tmp_path, monkeypatch
+):
+    """Training had ended: no further step is made."""
+    whole, out = tmp_path / "whole.sktch", tmp_path / "task.sktch"
+    first = tune(tiny, text_file, whole, quick())
+
+    def full(*_, **__):
+        raise OutputError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sketchconv.tuning.run.create", full)
+        with pytest.raises(OutputError, match="no space left"):
+            tune(tiny, text_file, out, quick())
+    second = tune(tiny, text_file, out, quick(), resume=True)
+    assert second.steps == first.steps
+    assert [e.step for e in second.curve] == [e.step for e in first.curve]
+    assert out.read_bytes() == whole.read_bytes()
+
+
 def test_nothing_to_resume(tiny, text_file, tmp_path):
     with pytest.raises(TuningError, match="no checkpoint to resume from"):
         tune(tiny, text_file, tmp_path / "task.sktch", quick(), resume=True)
@@ -273,6 +293,18 @@ def test_activation_checkpointing_changes_no_bit(tiny, text_file, tmp_path):
 def test_bad_options(changes, match):
     with pytest.raises(TuningError, match=match):
         quick(**changes)
+
+
+def test_models_that_predict_no_next_token(makers, text_file, tmp_path):
+    changes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    bert = makers.write(makers.dense("BertForMaskedLM", **changes), tmp_path / "bert.sktch")
+    with pytest.raises(TuningError, match=r"bert\.sktch.*no causal language model"):
+        tune(bert, text_file, tmp_path / "task.sktch", quick())
+
+
+def test_rows_longer_than_the_model_knows(tiny, text_file, tmp_path):
+    with pytest.raises(TuningError, match="knows 256 positions, --seq-len is 300"):
+        tune(tiny, text_file, tmp_path / "task.sktch", quick(seq_len=300))
 
 
 def test_bad_places(tiny, text_file, tmp_path, makers):
