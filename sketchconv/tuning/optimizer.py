@@ -12,7 +12,9 @@ from torch.optim import AdamW
 from sketchconv.tuning.masters import Master, training_of
 
 BETAS = (0.9, 0.999)
-EPSILON = 1e-12  # gradients of means over a bucket are small: 1e-8 would damp them
+# Below all gradients: means over a bucket are about 3e-5 in SmolLM2, 0.02 % of them below 1e-8,
+# and the larger the model and the step, the smaller they are.
+EPSILON = 1e-12
 
 
 class LutAdamW(AdamW):
