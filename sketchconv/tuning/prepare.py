@@ -35,7 +35,11 @@ def prepare_for_lut_training(
     What comes back is the same model, and an ordinary one: `transformers.Trainer`,
     `trl.SFTTrainer` or a loop of one's own train its parameters that require gradients, which are
     named `*.sketch_lut`. Then `tuned_luts(model)` gives what a delta is made of, and
-    `finish_lut_training(model)` leaves a model to use, with LUTs in their file's dtype.
+    `finish_lut_training(model)` leaves a model to use, with LUTs in their file's dtype. Masters are
+    evaluated as they would be shipped inside `with rounded_luts(model):`.
+
+    Checkpoints of `transformers.Trainer` are whole sketches with float32 LUTs, which
+    `sketchconv.load` opens; those of `sketchconv.tuning.trainer.LutTrainer` hold LUTs only.
 
     Args:
         model: from `sketchconv.load` or `from_pretrained`.
