@@ -214,9 +214,9 @@ def _train(trainer: LutTrainer, checkpoint: Path | None) -> None:
 def _outcome(trainer: LutTrainer) -> tuple[float, int]:
     """The held-out loss of the LUTs that the model has now, and the step that they are of."""
     state = trainer.state
-    found = state.best_model_checkpoint is not None and state.best_metric is not None
-    if found and math.isfinite(state.best_metric):
-        return float(state.best_metric), int(state.best_global_step or state.global_step)
+    best = state.best_metric
+    if state.best_model_checkpoint is not None and best is not None and math.isfinite(best):
+        return float(best), int(state.best_global_step or state.global_step)
     loss = trainer.evaluate()["eval_loss"]
     if not math.isfinite(loss) or (trainer.broken_at or 0) == 1:
         raise TuningError(
