@@ -258,6 +258,7 @@ def task_of(result: Tuning, setting: Mapping[str, Any]) -> dict[str, Any]:
     """What a delta says of its making."""
     files = ("base", "data", "data_sha256", "eval_data", "eval_data_sha256")
     return {
+        "name": Path(result.output).stem,
         "made_by": "sketchconv tune",
         **{name: setting[name] for name in files if name != "base"},
         "steps": result.steps,
