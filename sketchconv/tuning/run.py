@@ -66,6 +66,7 @@ def tune(
         TuningError: options, data or model do not fit; or the loss was not finite from the start.
         LoadError: `base` is no sound sketch.
         OutputError: the output exists or cannot be written.
+        Suspended: interrupted; what is kept is told.
     """
     chosen = options or TuneOptions()
     base, data, output = Path(base), Path(data), Path(output)
@@ -86,7 +87,10 @@ def tune(
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = _trainer(model, material, chosen, place.folder, reporter, Collator(int(padding)))
     before = _first_loss(trainer)
-    _train(trainer, checkpoint)
+    try:
+        _train(trainer, checkpoint)
+    except KeyboardInterrupt:
+        raise place.suspended() from None
     seconds = time.perf_counter() - started
     result = _result(output, trainer, material, reporter, before, seconds)
     return _written(result, trainer, base, place, force)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sketchconv.errors import OutputError, TuningError
+from sketchconv.errors import OutputError, Suspended, TuningError
 from sketchconv.formats.reader import SktchModel
 from sketchconv.tuning.checkpoints import last_checkpoint
 
@@ -74,6 +74,15 @@ class Workplace:
         self.folder.mkdir()
         (self.folder / _SETTING).write_text(json.dumps(self.setting, indent=2), encoding="utf-8")
         return None
+
+    def suspended(self) -> KeyboardInterrupt:
+        """What to raise after an interrupt."""
+        found = last_checkpoint(self.folder)
+        if found is None:
+            return KeyboardInterrupt()
+        return Suspended(
+            f"no delta was written; {found} is kept: run the same command with --resume to go on"
+        )
 
     def remove(self) -> None:
         """Remove the folder and all checkpoints."""

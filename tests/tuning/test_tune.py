@@ -14,7 +14,7 @@ import sketchconv
 from sketchconv.cli.main import cli
 from sketchconv.cli.tune_progress import curve_text, show_tuning
 from sketchconv.deltas import info, resolve
-from sketchconv.errors import LoadError, OutputError, TuningError
+from sketchconv.errors import LoadError, OutputError, Suspended, TuningError
 from sketchconv.formats.reader import SktchModel
 from sketchconv.tuning.callbacks import Reporter
 from sketchconv.tuning.options import TuneOptions, TuneStep
@@ -156,7 +156,7 @@ def test_resumed_equals_uninterrupted(makers, text_file, tmp_path, accumulation)
     options = quick(gradient_accumulation=accumulation, batch_size=4 // accumulation)
     whole = tune(tiny, text_file, tmp_path / "whole.sktch", options)
     parts = tmp_path / "parts.sktch"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Suspended, match=r"checkpoint-4 is kept: .* --resume"):
         tune(tiny, text_file, parts, options, progress=stopping_at(6))
     assert not parts.exists()
     assert not list(tmp_path.rglob("*.pt*")), "no pickle"
