@@ -87,6 +87,7 @@ def _tune_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--data", type=_PATH, required=True, help=".txt, or .jsonl as told above.")
 @click.option("--output", "-o", type=_PATH, required=True, help="TASK.sktch, or a folder to make.")
 @click.option("--eval-data", type=_PATH, help="Held-out data. [default: a share of --data]")
+@click.option("--name", help="Of the task, for the delta's own description.")
 @_tune_options
 @click.option("--resume", is_flag=True, help="Go on after the last checkpoint.")
 @click.option("--force", is_flag=True, help="Replace an output, drop an unfinished tuning.")
@@ -126,6 +127,7 @@ def command(base: Path, data: Path, output: Path, **options: Any) -> None:
             output,
             _chosen(options),
             eval_data=options["eval_data"],
+            name=options["name"],
             resume=options["resume"],
             force=options["force"],
             progress=progress,

@@ -39,6 +39,7 @@ def tune(
     options: TuneOptions | None = None,
     *,
     eval_data: str | os.PathLike[str] | None = None,
+    name: str | None = None,
     resume: bool = False,
     force: bool = False,
     progress: ProgressCallback | None = None,
@@ -58,6 +59,7 @@ def tune(
         output: path that ends in `.sktch`, or of a folder to make.
         options: see `TuneOptions`.
         eval_data: held-out data; None holds out a share of `data`.
+        name: of the task, for the delta's own description.
         resume: go on after the last checkpoint of an interrupted tuning.
         force: replace an existing output, and drop an unfinished tuning.
         progress: called after every step and measurement.
@@ -93,7 +95,7 @@ def tune(
         raise place.suspended() from None
     seconds = time.perf_counter() - started
     result = _result(output, trainer, material, reporter, before, seconds)
-    return _written(result, trainer, base, place, force)
+    return _written(result, trainer, base, place, name=name, force=force)
 
 
 def _result(
@@ -245,12 +247,18 @@ def _notes(trainer: LutTrainer, before: float, after: float) -> list[str]:
 
 
 def _written(
-    result: Tuning, trainer: LutTrainer, base: Path, place: Workplace, force: bool
+    result: Tuning,
+    trainer: LutTrainer,
+    base: Path,
+    place: Workplace,
+    *,
+    name: str | None,
+    force: bool,
 ) -> Tuning:
     """Write the delta from the main process; the others only report."""
     if not place.mine:
         return result
-    task = task_of(result, place.setting)
+    task = task_of(result, place.setting, name)
     model: Any = trainer.model
     luts = tuned_luts(model)
     summary = create(base, luts, result.output, task=task, force=force)
@@ -258,11 +266,11 @@ def _written(
     return replace(result, output_bytes=summary.nbytes)
 
 
-def task_of(result: Tuning, setting: Mapping[str, Any]) -> dict[str, Any]:
+def task_of(result: Tuning, setting: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     """What a delta says of its making."""
     files = ("base", "data", "data_sha256", "eval_data", "eval_data_sha256")
     return {
-        "name": Path(result.output).stem,
+        **({} if name is None else {"name": name}),
         "made_by": "sketchconv tune",
         **{name: setting[name] for name in files if name != "base"},
         "steps": result.steps,

@@ -55,7 +55,7 @@ def stopping_at(step, error=KeyboardInterrupt):
 def test_a_tuning(tiny, text_file, tmp_path):
     out = tmp_path / "task.sktch"
     before = tiny.read_bytes()
-    result = tune(tiny, text_file, out, quick())
+    result = tune(tiny, text_file, out, quick(), name="cats")
     assert result.loss_after < result.loss_before - 0.2
     assert result.steps == result.best_step == 8
     assert result.output_bytes == out.stat().st_size
@@ -66,6 +66,7 @@ def test_a_tuning(tiny, text_file, tmp_path):
     assert not (tmp_path / "task.sktch.tuning").exists()
     assert tiny.read_bytes() == before
     task = info(out).task
+    assert task["name"] == "cats"
     assert task["data"] == "data.txt"
     assert task["steps"] == 8
     assert task["recipe"]["gradient"] == "mean"
@@ -156,7 +157,7 @@ def test_resumed_equals_uninterrupted(makers, text_file, tmp_path, accumulation)
     options = quick(gradient_accumulation=accumulation, batch_size=4 // accumulation)
     whole = tune(tiny, text_file, tmp_path / "whole.sktch", options)
     parts = tmp_path / "parts.sktch"
-    with pytest.raises(Suspended, match=r"checkpoint-4 is kept: .* --resume"):
+    with pytest.raises(Suspended, match=r"checkpoint-4 is kept: run .* --resume"):
         tune(tiny, text_file, parts, options, progress=stopping_at(6))
     assert not parts.exists()
     assert not list(tmp_path.rglob("*.pt*")), "no pickle"
