@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from sketchconv.tuning.documents import data_digest
 from sketchconv.tuning.masters import tuned_luts
 from sketchconv.tuning.material import Material, gather
 from sketchconv.tuning.options import ProgressCallback, TuneOptions, Tuning
+from sketchconv.tuning.outcome import result_of, task_of
 from sketchconv.tuning.packing import Collator, Rows, keeps_samples_apart
 from sketchconv.tuning.prepare import prepare_for_lut_training
 from sketchconv.tuning.trainer import LutTrainer
@@ -94,34 +94,8 @@ def tune(
     except KeyboardInterrupt:
         raise place.suspended() from None
     seconds = time.perf_counter() - started
-    result = _result(output, trainer, material, reporter, before, seconds)
+    result = result_of(output, trainer, material, reporter, before, seconds)
     return _written(result, trainer, base, place, name=name, force=force)
-
-
-def _result(
-    output: Path,
-    trainer: LutTrainer,
-    material: Material,
-    reporter: Reporter,
-    before: float,
-    seconds: float,
-) -> Tuning:
-    after, best = _outcome(trainer)
-    return Tuning(
-        output=str(output),
-        output_bytes=0,
-        steps=trainer.state.global_step,
-        best_step=best,
-        loss_before=before,
-        loss_after=after,
-        trained=trainer.training.values,
-        rows=len(material.rows),
-        learned=material.learned,
-        eval_learned=material.eval_learned,
-        seconds=seconds,
-        notes=(*material.notes, *_notes(trainer, before, after)),
-        curve=tuple(reporter.curve),
-    )
 
 
 def _model(base: Path, options: TuneOptions) -> Any:
@@ -217,35 +191,6 @@ def _train(trainer: LutTrainer, checkpoint: Path | None) -> None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _outcome(trainer: LutTrainer) -> tuple[float, int]:
-    """The held-out loss of the LUTs that the model has now, and the step that they are of."""
-    state = trainer.state
-    best = state.best_metric
-    if state.best_model_checkpoint is not None and best is not None and math.isfinite(best):
-        return float(best), int(state.best_global_step or state.global_step)
-    loss = trainer.evaluate()["eval_loss"]
-    if not math.isfinite(loss) or (trainer.broken_at or 0) == 1:
-        raise TuningError(
-            "training gave no LUTs to keep: a gradient or the held-out loss was not finite; lower "
-            "--learning-rate or look at the data. Nothing was written"
-        )
-    return loss, state.global_step
-
-
-def _notes(trainer: LutTrainer, before: float, after: float) -> list[str]:
-    notes, state = [], trainer.state
-    if trainer.broken_at is not None:
-        notes.append(f"stopped at step {trainer.broken_at}: a gradient was not finite")
-    elif state.global_step < state.max_steps:
-        notes.append(
-            f"stopped early at step {state.global_step} of {state.max_steps}: the held-out loss "
-            "did not fall any more"
-        )
-    if after >= before:
-        notes.append("the held-out loss did not fall: try another learning rate or more data")
-    return notes
-
-
 def _written(
     result: Tuning,
     trainer: LutTrainer,
@@ -264,19 +209,3 @@ def _written(
     summary = create(base, luts, result.output, task=task, force=force)
     place.remove()
     return replace(result, output_bytes=summary.nbytes)
-
-
-def task_of(result: Tuning, setting: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-    """What a delta says of its making."""
-    files = ("base", "data", "data_sha256", "eval_data", "eval_data_sha256")
-    return {
-        **({} if name is None else {"name": name}),
-        "made_by": "sketchconv tune",
-        **{name: setting[name] for name in files if name != "base"},
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "learned_tokens": result.learned,
-        "loss_before": result.loss_before,
-        "loss_after": result.loss_after,
-        "recipe": {name: value for name, value in setting.items() if name not in files},
-    }
