@@ -11,6 +11,10 @@ from sketchconv.errors import TuningError
 from sketchconv.tuning.optimizer import EPSILON
 from sketchconv.tuning.prepare import DEFAULT_GRADIENT, GRADIENTS, Gradient
 
+# As a share of a LUT's size, 0.21 on average in SmolLM2: the paper's largest rate, 1e-4 in units of
+# the weights, is 5e-4 here. SmolLM2 at 4 bits, G = 4, 16 steps of 512 tokens of WikiText-2 took the
+# test perplexity from 55.3 to 25.6, 24.7 and 27.4 with 2e-3, 4e-3 and 8e-3; with 8e-4 in units of
+# the weights to 24.8. Trainings of hundreds of steps want less.
 LEARNING_RATE = 1e-3
 
 
