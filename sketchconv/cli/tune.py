@@ -46,7 +46,7 @@ _OPTIONS: Final = (
     click.option(
         "--gradient",
         type=click.Choice(["mean", "sum"]),
-        help="Over the weights that share a LUT entry. [default: mean]",
+        help="Over the weights that share a LUT entry; the paper has mean. [default: sum]",
     ),
     click.option("--max-grad-norm", type=float, help="Clip gradients; 0: do not. [default: 1]"),
     click.option("--train-embeddings", is_flag=True, help="Sketched embeddings too."),

@@ -50,7 +50,7 @@ class Run:
     steps: int = 0
     batch: int = 0
     length: int = 256
-    gradient: str = "mean"
+    gradient: str = "sum"
     relative: bool = True
     clip: float = 1.0
     epsilon: float = 1e-12
@@ -242,9 +242,9 @@ def ablations(options: argparse.Namespace) -> list[Run]:
     work = replace(work, windows=options.windows, rate=options.ablation_rate)
     absolute = [replace(work, relative=False, rate=rate) for rate in options.absolute_rates]
     return [
-        replace(work, gradient="sum"),
+        replace(work, gradient="mean"),
+        replace(work, gradient="mean", clip=0.2),
         replace(work, clip=1e9),
-        replace(work, gradient="sum", clip=1e9),
         replace(work, epsilon=1e-8),
         *absolute,
     ]
@@ -279,7 +279,7 @@ def tell(row: dict[str, Any]) -> None:
 def show(rows: list[dict[str, Any]]) -> None:
     """For each shape and method the run with the best held-out loss."""
     print("\nbest learning rate by held-out loss:")
-    usual = {"gradient": "mean", "relative": True, "clip": 1.0}
+    usual = {"gradient": "sum", "relative": True, "clip": 1.0}
     plain = [r for r in rows if all(r[k] == v for k, v in usual.items())]
     plain = [r for r in plain if not (r["kind"] == "lut" and r["epsilon"] != Run.epsilon)]
     groups: dict[Any, list[dict[str, Any]]] = {}

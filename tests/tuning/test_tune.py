@@ -69,7 +69,7 @@ def test_a_tuning(tiny, text_file, tmp_path):
     assert task["name"] == "cats"
     assert task["data"] == "data.txt"
     assert task["steps"] == 8
-    assert task["recipe"]["gradient"] == "mean"
+    assert task["recipe"]["gradient"] == "sum"
 
 
 def test_what_is_written_is_what_was_measured(tiny, text_file, tmp_path):
@@ -257,7 +257,7 @@ def test_broken_from_the_start_writes_nothing(tiny, text_file, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "changes",
     [
-        {"gradient": "sum"},
+        {"gradient": "mean"},
         {"activation_checkpointing": True},
         {"bf16": True},
         {"packing": False},
