@@ -30,8 +30,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
 
-LUT_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-LORA_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
+LUT_RATES = (2e-3, 4e-3, 1e-3, 8e-3)
+LORA_RATES = (1e-3, 2e-3, 5e-4, 4e-3)
 # Most telling first: what is not run today is run another day.
 SHAPES = ((4, 4), (4, 1), (4, 8), (4, 2), (3, 4), (2, 4))
 HELD_OUT = 0.1
@@ -308,8 +308,8 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="*", default=[16])
     parser.add_argument("--lut-rates", type=float, nargs="+", default=LUT_RATES)
     parser.add_argument("--lora-rates", type=float, nargs="+", default=LORA_RATES)
-    parser.add_argument("--ablation-rate", type=float, default=1e-3)
-    parser.add_argument("--absolute-rates", type=float, nargs="*", default=[3e-5, 1e-4, 3e-4])
+    parser.add_argument("--ablation-rate", type=float, default=4e-3)
+    parser.add_argument("--absolute-rates", type=float, nargs="*", default=[2e-4, 4e-4, 8e-4])
     parser.add_argument("--shapes", nargs="+", help="as 4x1: bits x groups [default: all]")
     parser.add_argument("--only", choices=["table", "ablations", "show"])
     return parser.parse_args()
