@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sketchconv.pipeline import convert
     from sketchconv.recipe import Recipe
     from sketchconv.runtime.load import load, load_tokenizer
+    from sketchconv.tuning.prepare import prepare_for_lut_training
+    from sketchconv.tuning.run import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "export_gguf",
     "load",
     "load_tokenizer",
+    "prepare_for_lut_training",
+    "tune",
 ]
 
 _LAZY = {
@@ -35,6 +39,8 @@ _LAZY = {
     "export_gguf": "sketchconv.export.run",
     "load": "sketchconv.runtime.load",
     "load_tokenizer": "sketchconv.runtime.load",
+    "prepare_for_lut_training": "sketchconv.tuning.prepare",
+    "tune": "sketchconv.tuning.run",
 }
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "SketchconvError",
     "SourceError",
     "Suspended",
+    "TuningError",
     "WeightError",
 ]
 
@@ -80,3 +81,7 @@ class AdapterError(SketchconvError, ValueError):
 
 class EvaluationError(SketchconvError):
     """A model, a text or a set of questions cannot be measured, or two models not be compared."""
+
+
+class TuningError(SketchconvError):
+    """A sketch cannot be tuned: its form, the data, an option, or a training that diverged."""

@@ -20,6 +20,7 @@ _COMMANDS = {
     "inspect": ("sketchconv.cli.inspect", "Show what a model file or folder holds."),
     "verify": ("sketchconv.cli.verify", "Check every digest and every rule of a sketch."),
     "eval": ("sketchconv.cli.eval", "Measure models: perplexity, KL to a reference, questions."),
+    "tune": ("sketchconv.cli.tune", "Fine-tune a sketch's LUTs on a task; write a delta."),
     "generate": ("sketchconv.cli.generate", "Write text with a sketched language model."),
     "delta": ("sketchconv.cli.delta", "Make, apply, revert and merge task deltas."),
     "push": ("sketchconv.cli.push", "Publish models, deltas and GGUF files on the Hub."),

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from sketchconv.kernels import dequantize, gradients
-from sketchconv.runtime import functions
+from sketchconv.runtime import functions, modes
 from sketchconv.runtime.modules import SketchLinear
 
 TILE_WEIGHTS = 1 << 22  # of the dense gradient at a time, but at least LEAST_ROWS rows
@@ -79,7 +79,8 @@ class DecodedLayer:
             self.weight.copy_(self.module.dequantize(self.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Stands in for the `forward` of the module."""
+        """Stands in for the `forward` of the module, under autocast too."""
+        x = modes.autocasted(x)
         if x.dtype is not self.weight.dtype:
             return SketchLinear.forward(self.module, x)
         y: Tensor = Product.apply(x, self.module.sketch_lut, self)  # type: ignore[no-untyped-call]
