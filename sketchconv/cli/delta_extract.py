@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sketchconv.cli.delta_options import coding_options, force_option, json_option, task_of
 from sketchconv.cli.options import SIZE
 
 if TYPE_CHECKING:
@@ -44,12 +45,12 @@ _PATH = click.Path(exists=True, path_type=Path)
     type=click.Choice(["diagonal", "full"]),
     help="With --calibration: mean squares of the columns, or all they share. [default: diagonal]",
 )
-@click.option("--name", help="Of the task, for people. [default: TUNED's]")
 @click.option("--strict", is_flag=True, help="Refuse TUNED if a delta cannot hold all it changed.")
 @click.option("--max-memory", type=SIZE, help="Limit on anonymous memory, e.g. 2GB.")
 @click.option("--threads", type=click.IntRange(1), help="Threads. [default: all cores]")
-@click.option("--force", is_flag=True, help="Replace an existing delta.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@coding_options
+@force_option
+@json_option
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(base: Path, tuned: str, out: Path, **options: Any) -> None:
     """Make the delta OUT of BASE from TUNED, a full fine-tune or a merged LoRA.
@@ -64,12 +65,13 @@ def command(base: Path, tuned: str, out: Path, **options: Any) -> None:
     from sketchconv.projection.extract import Extraction
 
     silence_transformers()
-    task = {"name": options["name"] or model_name(tuned), "made_by": "extract"}
+    task = {"name": model_name(tuned), "made_by": "extract", **task_of(options)}
+    coding = {"dtype": options["values"], "mode": options["mode"], "span": options["span"]}
     with (
         Extraction(base, tuned, options["dense_base"], _options(options)) as work,
         show_progress(quiet=options["quiet"]) as progress,
     ):
-        made = create(base, work.luts(progress), out, task=task, force=options["force"])
+        made = create(base, work.luts(progress), out, **coding, task=task, force=options["force"])
         report = work.report()
     if options["as_json"]:
         click.echo(json.dumps({"delta": made.to_json(), **report.to_json()}, indent=2))
@@ -78,7 +80,7 @@ def command(base: Path, tuned: str, out: Path, **options: Any) -> None:
 
 
 def _options(options: dict[str, Any]) -> Any:
-    from sketchconv.projection.extract import ExtractOptions
+    from sketchconv.projection.options import ExtractOptions
 
     calibration = _calibration(options)
     if options["hessian"] is not None and calibration is None:
@@ -128,6 +130,7 @@ def _print(report: ExtractReport, made: DeltaSummary) -> None:
     print_rich(table)
     rows = [
         ("delta", f"{made.path} ({human_bytes(made.nbytes)})"),
+        ("stored", "exactly" if made.exact else f"{made.values}, off by {made.largest_error:.2g}"),
         ("target", f"{report.target}, columns weighed: {report.metric}"),
         ("captured", f"{_percent(report.captured)} of the energy of all changes"),
         ("weights", f"{report.changed} of {len(report.layers)} changed"),

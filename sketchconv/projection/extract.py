@@ -7,20 +7,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sketchconv.calibration.threads import torch_threads
-from sketchconv.errors import ProjectionError, RecipeError
+from sketchconv.errors import ProjectionError
 from sketchconv.memory import anonymous_bytes, chunk_budget, left_beside
-from sketchconv.projection.layers import Projected, Target, check_free, project
+from sketchconv.projection.layers import Projected, check_free, project
 from sketchconv.projection.matched import Matched
 from sketchconv.projection.metric import Diagonal, Full, Metric
+from sketchconv.projection.options import ExtractOptions
 from sketchconv.projection.report import ExtractReport, LayerReport
 from sketchconv.projection.unheld import Unheld, unheld
 from sketchconv.sources.open import open_source
@@ -28,41 +28,14 @@ from sketchconv.sources.sketch import SketchSource
 from sketchconv.worker import Progress
 
 if TYPE_CHECKING:
-    from sketchconv.calibration.options import Calibration
     from sketchconv.formats.sketches import SketchRecord
 
-Hessian = Literal["diagonal", "full"]
 ProgressCallback = Callable[[Progress], None]
 # Hidden states beyond this go to disk where no limit is given.
 _HIDDEN_IN_MEMORY = 4 << 30
 # Relative distance of weights that are taken to be strangers; those of two random matrices lie 1.4
 # apart, a fine-tune from what it began with 0.01 to 0.1, and a 1-bit sketch 0.6.
 _UNRELATED = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractOptions:
-    """How tuned weights are projected.
-
-    Args:
-        target: "relative" projects the tuned weights' difference to the dense base and adds it to
-            the base's LUTs, so that what a calibration put into these stays; "absolute" makes the
-            LUTs the means of the tuned weights. None: relative where a dense base is given.
-        calibration: text on which the tuned model shows which columns matter; None weighs all
-            alike. Its method is not used.
-        hessian: with a calibration, "diagonal" weighs columns by the mean squares of their inputs,
-            "full" takes what they have in common into account too.
-        strict: refuse a fine-tune that changed more than sketched weights.
-        max_memory: limit on the process's anonymous memory in bytes.
-        threads: of torch; all cores by default.
-    """
-
-    target: Target | None = None
-    calibration: Calibration | None = None
-    hessian: Hessian = "diagonal"
-    strict: bool = False
-    max_memory: int | None = None
-    threads: int | None = None
 
 
 class Extraction:
@@ -87,8 +60,7 @@ class Extraction:
         options: ExtractOptions | None = None,
     ) -> None:
         self.options = options or ExtractOptions()
-        self.target = _target(self.options, has_dense=dense_base is not None)
-        _check_calibration(self.options)
+        self.target = self.options.resolved(has_dense=dense_base is not None)
         self._stack = ExitStack()
         self._started = time.perf_counter()
         self._layers: dict[str, LayerReport] = {}
@@ -152,11 +124,9 @@ class Extraction:
 
     def report(self) -> ExtractReport:
         """What was done, after `luts` has ended."""
-        calibrated = self.options.calibration is not None
-        metric = ("hessian" if self.options.hessian == "full" else "diagonal") if calibrated else ""
         return ExtractReport(
             self.target,
-            metric or "equal",
+            self.options.metric_name,
             tuple(self._layers[name] for name in self.base.records if name in self._layers),
             self._unheld,
             self._changed,
@@ -225,6 +195,7 @@ class Extraction:
 
         if self.options.hessian == "full":
             for group in group_moments(source, calibration, folder, room):
+                tick(f"block {group.done}/{group.blocks}", group.done, group.blocks)
                 yield group.names, Full(group.hessian)
             return
         found = mean_squares(source, calibration, folder, room, tick)
@@ -249,20 +220,3 @@ def _check_kin(name: str, other: str, apart: float, norm: float) -> None:
             "as weights do that have nothing in common; give a fine-tune of the model that was "
             "sketched, and the dense model that it began from"
         )
-
-
-def _target(options: ExtractOptions, *, has_dense: bool) -> Target:
-    if options.target == "relative" and not has_dense:
-        raise RecipeError("target relative needs the dense model of the base: give --dense-base")
-    return options.target or ("relative" if has_dense else "absolute")
-
-
-def _check_calibration(options: ExtractOptions) -> None:
-    from sketchconv.calibration.texts import check_texts
-
-    if options.hessian not in ("diagonal", "full"):
-        raise RecipeError(f"hessian must be diagonal or full, got {options.hessian!r}")
-    if options.calibration is not None:
-        if not options.calibration.texts:
-            raise RecipeError("a calibration needs a text: --calibration FILE.txt")
-        check_texts(options.calibration.texts)

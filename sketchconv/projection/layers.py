@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from sketchconv.projection.metric import Codes, Metric
 from sketchconv.sources.base import Float32
 from sketchconv.sources.sketch import SketchSource, split_rows
 
-Target = Literal["absolute", "relative"]
 # (first row, end) -> float32 rows of a dense checkpoint's weight
 RowsOf = Callable[[int, int], Float32]
 LUT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

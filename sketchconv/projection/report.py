@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sketchconv.projection.layers import Energies, Target
+from sketchconv.projection.layers import Energies
+from sketchconv.projection.options import Target
 from sketchconv.projection.unheld import Unheld
 
 

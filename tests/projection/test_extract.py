@@ -13,7 +13,8 @@ from tiny import make_model
 import sketchconv
 from sketchconv.calibration.options import Calibration
 from sketchconv.errors import PlanError, ProjectionError, RecipeError, SourceError, WeightError
-from sketchconv.projection.extract import Extraction, ExtractOptions
+from sketchconv.projection.extract import Extraction
+from sketchconv.projection.options import ExtractOptions
 from sketchconv.recipe import Recipe, SketchSpec
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -106,6 +107,40 @@ def test_what_a_delta_cannot_hold_is_named_and_refused_if_strict(llama, tmp_path
     ]
     with pytest.raises(ProjectionError, match=r"cannot hold: model\.norm\.weight"):
         extracted(llama.base, tuned, llama.dense, strict=True)
+
+
+def test_a_head_that_is_stored_beside_its_embedding_must_be_equal_to_it(tmp_path):
+    dense = make_model(tmp_path / "dense", "qwen2")  # tied: no head is stored
+    base = tmp_path / "base.sktch"
+    sketchconv.convert(dense, base, Recipe(SketchSpec(3, 2)))
+
+    def stored_twice(out, factor):
+        tuned = retuned(dense, tmp_path / out, noise())
+        state = load(tuned)
+        state["lm_head.weight"] = state["model.embed_tokens.weight"] * factor
+        return save(tuned, state)
+
+    luts, report = extracted(base, stored_twice("same", 1), dense)
+    assert len(luts) == 14
+    assert not report.unheld
+    _, report = extracted(base, stored_twice("untied", 1.5), dense)
+    (entry,) = report.unheld
+    assert (entry.name, entry.change) == ("lm_head.weight", pytest.approx(0.5))
+    assert entry.reason == "no longer tied to model.embed_tokens.weight"
+
+
+def test_tensors_that_the_base_has_not_are_named(llama, tmp_path):
+    tuned = retuned(llama.dense, tmp_path / "tuned", noise())
+    state = load(tuned)
+    config = json.loads((tuned / "config.json").read_text())
+    (tuned / "config.json").write_text(json.dumps({**config, "mlp_bias": True}))
+    for layer in (0, 1):
+        for part, size in (("gate", 160), ("up", 160), ("down", 64)):
+            state[f"model.layers.{layer}.mlp.{part}_proj.bias"] = torch.zeros(size)
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # of no parameter
+    _, report = extracted(llama.base, save(tuned, state), llama.dense)
+    assert len(report.unheld) == 6
+    assert {entry.reason for entry in report.unheld} == {"the base has no such tensor"}
 
 
 def test_chunks_of_rows_do_not_change_the_luts(llama, monkeypatch):
@@ -281,6 +316,10 @@ def test_the_command_writes_a_delta_with_these_luts(llama, tmp_path):
     result = CliRunner().invoke(command, [*args, "--force"], catch_exceptions=False)
     assert "captured" in result.output
     assert "14 of 14 changed" in result.output
+    small = [*args[:2], str(tmp_path / "small"), *args[3:], "--values", "i8", "--name", "mine"]
+    result = CliRunner().invoke(command, [*small, "--json", "--quiet"], catch_exceptions=False)
+    value = json.loads(result.stdout)["delta"]
+    assert (value["values"], value["task"]["name"]) == ("I8", "mine")
     for wrong in (["--tokens", "9"], ["--hessian", "full"]):
         assert CliRunner().invoke(command, [*args, *wrong]).exit_code == 2
 
