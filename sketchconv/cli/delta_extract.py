@@ -133,6 +133,10 @@ def _print(report: ExtractReport, made: DeltaSummary) -> None:
         ("stored", "exactly" if made.exact else f"{made.values}, off by {made.largest_error:.2g}"),
         ("target", f"{report.target}, columns weighed: {report.metric}"),
         ("captured", f"{_percent(report.captured)} of the energy of all changes"),
+        (
+            "unrounded",
+            f"{_percent(report.captured_unrounded)}, if LUTs were not of the base's dtype",
+        ),
         ("weights", f"{report.changed} of {len(report.layers)} changed"),
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", f"{human_bytes(report.peak_anonymous)} anonymous"),

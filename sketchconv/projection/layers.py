@@ -34,6 +34,7 @@ class Energies:
     Attributes:
         change: of the change that was projected.
         left: of what the LUTs could not take up of it, rounding to their dtype included.
+        unrounded: of what LUTs of any precision could not take up.
         start: of the weights that the change is measured from.
         tuned: of the tuned weights.
         before: of their difference to the base sketch.
@@ -42,6 +43,7 @@ class Energies:
 
     change: float
     left: float
+    unrounded: float
     start: float
     tuned: float
     before: float
@@ -147,10 +149,18 @@ def _part(
     wanted, decoded = torch.from_numpy(tuned), rows.values
     start = decoded if dense is None else torch.from_numpy(dense)
     change = wanted - start
-    lut = _stored(rows.lut, metric.solve(rows.codes, change), record.name, begin)
+    solved = metric.solve(rows.codes, change)
+    lut = _stored(rows.lut, solved, record.name, begin)
     taken = rows.codes.spread(lut.float() - rows.lut.float())
-    found = (change, change - taken, start, wanted, wanted - decoded, wanted - decoded - taken)
-    energies = Energies(*(metric.energy(values) for values in found))
+    energies = Energies(
+        change=metric.energy(change),
+        left=metric.energy(change - taken),
+        unrounded=metric.energy(change - rows.codes.spread(solved)),
+        start=metric.energy(start),
+        tuned=metric.energy(wanted),
+        before=metric.energy(wanted - decoded),
+        after=metric.energy(wanted - decoded - taken),
+    )
     return Projected(lut, energies, not torch.equal(lut, rows.lut))
 
 

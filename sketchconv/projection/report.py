@@ -63,9 +63,17 @@ class ExtractReport:
     @property
     def captured(self) -> float | None:
         """Captured share of the energy of all changes together."""
+        return self._share("left")
+
+    @property
+    def captured_unrounded(self) -> float | None:
+        """The same, if LUTs were not rounded to their dtype."""
+        return self._share("unrounded")
+
+    def _share(self, left: str) -> float | None:
         change = math.fsum(layer.energies.change for layer in self.layers)
-        left = math.fsum(layer.energies.left for layer in self.layers)
-        return 1 - left / change if change > 0 else None
+        rest = math.fsum(getattr(layer.energies, left) for layer in self.layers)
+        return 1 - rest / change if change > 0 else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -73,6 +81,7 @@ class ExtractReport:
             "target": self.target,
             "metric": self.metric,
             "captured": self.captured,
+            "captured_unrounded": self.captured_unrounded,
             "changed": self.changed,
             "layers": [layer.to_json() for layer in self.layers],
             "unheld": [
