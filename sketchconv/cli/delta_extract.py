@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from sketchconv.projection.report import ExtractReport
 
 _PATH = click.Path(exists=True, path_type=Path)
+_NORMS = {
+    "equal": "the weights",
+    "diagonal": "the weights, columns weighed by their inputs",
+    "hessian": "the outputs",
+}
 
 
 @click.command("extract")
@@ -43,7 +48,7 @@ _PATH = click.Path(exists=True, path_type=Path)
 @click.option(
     "--hessian",
     type=click.Choice(["diagonal", "full"]),
-    help="With --calibration: mean squares of the columns, or all they share. [default: diagonal]",
+    help="With --calibration: weigh columns alone, or all they have in common. [default: full]",
 )
 @click.option("--strict", is_flag=True, help="Refuse TUNED if a delta cannot hold all it changed.")
 @click.option("--max-memory", type=SIZE, help="Limit on anonymous memory, e.g. 2GB.")
@@ -88,7 +93,7 @@ def _options(options: dict[str, Any]) -> Any:
     return ExtractOptions(
         options["target"],
         calibration,
-        options["hessian"] or "diagonal",
+        options["hessian"] or "full",
         options["strict"],
         options["max_memory"],
         options["threads"],
@@ -131,7 +136,7 @@ def _print(report: ExtractReport, made: DeltaSummary) -> None:
     rows = [
         ("delta", f"{made.path} ({human_bytes(made.nbytes)})"),
         ("stored", "exactly" if made.exact else f"{made.values}, off by {made.largest_error:.2g}"),
-        ("target", f"{report.target}, columns weighed: {report.metric}"),
+        ("target", f"{report.target}, in the norm of {_NORMS[report.metric]}"),
         ("captured", f"{_percent(report.captured)} of the energy of all changes"),
         (
             "unrounded",
@@ -141,6 +146,8 @@ def _print(report: ExtractReport, made: DeltaSummary) -> None:
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", f"{human_bytes(report.peak_anonymous)} anonymous"),
     ]
+    if report.metric == "equal":
+        rows.append(("note", "--calibration TEXT keeps more of what the change does to outputs"))
     rows += [("not held", str(entry)) for entry in report.unheld]
     print_table("Delta written", rows)
 

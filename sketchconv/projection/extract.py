@@ -29,10 +29,12 @@ from sketchconv.worker import Progress
 
 if TYPE_CHECKING:
     from sketchconv.formats.sketches import SketchRecord
+    from sketchconv.projection.moments import GroupMoments
 
 ProgressCallback = Callable[[Progress], None]
 # Hidden states beyond this go to disk where no limit is given.
 _HIDDEN_IN_MEMORY = 4 << 30
+_MIN_TOKENS = 256
 # Relative distance of weights that are taken to be strangers; those of two random matrices lie 1.4
 # apart, a fine-tune from what it began with 0.01 to 0.1, and a 1-bit sketch 0.6.
 _UNRELATED = 0.9
@@ -112,7 +114,9 @@ class Extraction:
             with torch.no_grad():
                 found = self._project(record, metric)
             done += math.prod(record.shape)
-            self._layers[record.name] = LayerReport(record.name, record.shape, found.energies)
+            self._layers[record.name] = LayerReport(
+                record.name, record.shape, metric.name, found.energies
+            )
             self._peak = max(self._peak, anonymous_bytes())
             if progress is not None:
                 progress(Progress(record.name, "project", done, total))
@@ -196,7 +200,7 @@ class Extraction:
         if self.options.hessian == "full":
             for group in group_moments(source, calibration, folder, room):
                 tick(f"block {group.done}/{group.blocks}", group.done, group.blocks)
-                yield group.names, Full(group.hessian)
+                yield group.names, _metric(group)
             return
         found = mean_squares(source, calibration, folder, room, tick)
         for name, squares in found.items():
@@ -206,6 +210,14 @@ class Extraction:
         start = "the dense base" if self.target == "relative" else "the base sketch"
         beside = f"; what did change is not sketched: {self._unheld[0]}" if self._unheld else ""
         return f"{self._tuned.source.id}: no LUT would change from {start}{beside}"
+
+
+def _metric(group: GroupMoments) -> Metric:
+    """The full norm, unless too few tokens reached a weight to tell what columns share."""
+    columns = group.hessian.shape[0]
+    if group.tokens < min(columns, _MIN_TOKENS):
+        return Diagonal(group.hessian.diagonal().clone())
+    return Full(group.hessian)
 
 
 def _check_kin(name: str, other: str, apart: float, norm: float) -> None:

@@ -106,13 +106,14 @@ class Full:
 
     Args:
         hessian: float32 ``[columns, columns]``, symmetric, positive semidefinite; not changed.
-        steps: of conjugate gradients; each is a product of the rows with the Hessian.
+        steps: of conjugate gradients; each is a product of the rows with the Hessian. Of changes of
+            SmolLM2-135M 4 steps captured 0.1 to 0.6 points less than 32, and 8 steps 0 to 0.1.
         damping: the share.
     """
 
     name = "hessian"
 
-    def __init__(self, hessian: Tensor, steps: int = 16, damping: float = 0.01) -> None:
+    def __init__(self, hessian: Tensor, steps: int = 8, damping: float = 0.01) -> None:
         mean = float(hessian.diagonal().double().mean())
         self._hessian = (hessian / mean if mean > 0 else torch.zeros_like(hessian)).contiguous()
         self._hessian.diagonal().add_(damping if mean > 0 else 1.0)

@@ -24,8 +24,8 @@ class ExtractOptions:
             LUTs the means of the tuned weights. None: relative where a dense base is given.
         calibration: text on which the tuned model shows which columns matter; None weighs all
             alike. Its method is not used.
-        hessian: with a calibration, "diagonal" weighs columns by the mean squares of their inputs,
-            "full" takes what they have in common into account too.
+        hessian: with a calibration, "full" projects in the norm of the layer's outputs; "diagonal",
+            which is faster and takes less memory, leaves out what columns have in common.
         strict: refuse a fine-tune that changed more than sketched weights.
         max_memory: limit on the process's anonymous memory in bytes.
         threads: of torch; all cores by default.
@@ -33,7 +33,7 @@ class ExtractOptions:
 
     target: Target | None = None
     calibration: Calibration | None = None
-    hessian: Hessian = "diagonal"
+    hessian: Hessian = "full"
     strict: bool = False
     max_memory: int | None = None
     threads: int | None = None

@@ -13,10 +13,11 @@ from sketchconv.projection.unheld import Unheld
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One weight of an extraction."""
+    """One weight of an extraction, and the norm that it was projected in."""
 
     name: str
     shape: tuple[int, int]
+    metric: str
     energies: Energies
 
     @property
@@ -31,6 +32,7 @@ class LayerReport:
         return {
             "name": self.name,
             "shape": list(self.shape),
+            "metric": self.metric,
             "captured": self.captured,
             "relative_change": _root(found.change, found.start),
             "error_before": _root(found.before, found.tuned),
@@ -44,7 +46,8 @@ class ExtractReport:
 
     Attributes:
         target: "relative" or "absolute".
-        metric: "equal", "diagonal" or "hessian".
+        metric: "equal", "diagonal" or "hessian": what was asked for; weights that the text says
+            nothing of are projected in the norm "equal".
         layers: every sketched weight.
         unheld: what else the fine-tune changed.
         changed: weights of which the delta has LUTs.

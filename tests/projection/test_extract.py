@@ -163,7 +163,8 @@ def test_a_text_says_which_columns_matter(llama, text, hessian):
     plain, _ = extracted(llama.base, llama.tuned, llama.dense)
     options = {"calibration": calibration(text), "hessian": hessian}
     luts, report = extracted(llama.base, llama.tuned, llama.dense, **options)
-    assert report.metric == ("hessian" if hessian == "full" else "diagonal")
+    metric = "hessian" if hessian == "full" else "diagonal"
+    assert {report.metric, *(layer.metric for layer in report.layers)} == {metric}
     assert set(luts) == set(plain)
     assert not torch.equal(luts[UP], plain[UP])
     assert 0 < report.captured < 1
