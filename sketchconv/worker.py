@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sketchconv.calibration.methods import Method
     from sketchconv.calibration.report import CalibrationReport
     from sketchconv.calibration.state import FinishedWeights
-    from sketchconv.formats.writer import Writer
+    from sketchconv.formats.writer import BundleWriter, FolderWriter
     from sketchconv.journal import Journal
 
 
@@ -74,7 +74,7 @@ class Worker:
     def __init__(
         self,
         job: Job,
-        writer: Writer,
+        writer: BundleWriter | FolderWriter,
         threads: int | None,
         finished: FinishedWeights | None = None,
         journal: Journal | None = None,

@@ -130,7 +130,8 @@ def _sketched(
     job: Job, update: Update, threads: int | None, progress: ProgressCallback | None
 ) -> dict[str, Left]:
     judge = Judge(job.plan.sketches, update)
-    for event in Worker(job, judge, threads).events():
+    writer: Any = judge  # nothing is kept, so nothing is asked of it but to take what comes
+    for event in Worker(job, writer, threads).events():
         if progress is not None:
             progress(event)
     return judge.left
