@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sketchconv.calibration.threads import torch_threads
 from sketchconv.errors import ProjectionError, RecipeError
+from sketchconv.export.job import check_outputs
 from sketchconv.memory import anonymous_bytes
 from sketchconv.projection.adapter_files import TYPES, AdapterForm, GgufAdapter, PeftFolder
 from sketchconv.projection.adapter_plan import AdapterPlan, plan_adapter
@@ -95,12 +96,16 @@ def export_lora(
         SketchconvError: nothing is left behind.
     """
     _check(rank, min_energy, dtype)
+    target = Path(out)
+    check_outputs(
+        target.absolute().parent, {target.name: None}, (Path(base), Path(delta)), force=True
+    )
     started = time.perf_counter()
     with ExitStack() as stack:
         tuned = stack.enter_context(overlaid(Path(delta), Path(base)))
         plain = stack.enter_context(SketchSource(Path(base)))
         plan = plan_adapter(tuned, tuned.changed)
-        form = _form(Path(out), plan, rank, dtype.upper(), force=force)
+        form = _form(target, plan, rank, dtype.upper(), force=force)
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch_threads(threads))
         return _written(Path(out), plan, form, Difference(tuned, plain), rank, min_energy,

@@ -186,6 +186,21 @@ def test_an_adapter_that_would_lose_too_much_is_refused(llama, delta, tmp_path):
         export_lora(delta, llama.base, tmp_path / "other", rank=needed - 1)
 
 
+def test_an_adapter_never_lands_in_its_sources(llama, tmp_path):
+    from sketchconv.errors import OutputError
+
+    delta = tmp_path / "task"
+    with Extraction(llama.base, llama.tuned, llama.dense) as work:
+        create(llama.base, work.luts(), delta)
+    before = sorted(delta.rglob("*"))
+    for out in (delta, delta / "lora", delta / "lora.gguf"):
+        with pytest.raises(OutputError, match="would overwrite"):
+            export_lora(delta, llama.base, out, rank=60, force=True)
+    with pytest.raises(OutputError, match="no such folder"):
+        export_lora(delta, llama.base, tmp_path / "none" / "lora", rank=60)
+    assert sorted(delta.rglob("*")) == before
+
+
 def test_changes_that_an_adapter_cannot_hold_are_refused_by_name(tmp_path):
     dense = make_model(tmp_path / "dense", "llama")
     tuned = retuned(dense, tmp_path / "tuned", noise(0.05, only="embed_tokens.weight"))
