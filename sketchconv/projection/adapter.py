@@ -108,7 +108,7 @@ def export_lora(
         form = _form(target, plan, rank, dtype.upper(), force=force)
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch_threads(threads))
-        return _written(Path(out), plan, form, Difference(tuned, plain), rank, min_energy,
+        return _written(target, plan, form, Difference(tuned, plain), rank, min_energy,
                         progress, started)  # fmt: skip
 
 

@@ -66,6 +66,7 @@ def _errors(axes: Any, analysis: Analysis) -> None:
         axes.annotate(f"r = {total.rank}", (total.low_rank_parameters, total.low_rank),
                       textcoords="offset points", xytext=(4, -12))  # fmt: skip
     axes.set_xscale("log", base=2)
+    axes.margins(x=0.15)
     axes.set_xlabel("parameters of the update")
     axes.set_ylabel("error left, $|D - update|^2 / |D|^2$")
     axes.set_ylim(0, 1)
