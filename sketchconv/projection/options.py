@@ -10,6 +10,10 @@ from sketchconv.errors import RecipeError
 if TYPE_CHECKING:
     from sketchconv.calibration.options import Calibration
 
+# A full fine-tune of SmolLM2-135M (30 steps on WikiText-2's validation split), projected on its
+# sketch of 4 bits and 4 groups; perplexity on 8 windows of 512 tokens of the test split. Sketch
+# 42.4, tuned dense model 24.1; relative: 38.8 without a text, with 4,096 tokens of one 34.9 by the
+# diagonal and 28.5 by the full Hessian; absolute without a text: 40.2.
 Target = Literal["absolute", "relative"]
 Hessian = Literal["diagonal", "full"]
 
