@@ -62,7 +62,9 @@ def command(base: Path, tuned: str, out: Path, **options: Any) -> None:
 
     TUNED is a Hugging Face folder, a hub id or a .gguf file of the dense model that the sketch BASE
     was made from. Its weights are projected on BASE's index maps by least squares; what they
-    capture is printed. OUT ends in .sktch (one file), or is an adapter folder to make.
+    capture is printed. A text (--calibration) makes most of the difference. Of a BASE that was made
+    without one, --target absolute then calibrates the tables too. OUT ends in .sktch (one file), or
+    is an adapter folder to make.
     """
     from sketchconv.cli.progress import show_progress, silence_transformers
     from sketchconv.deltas import create
