@@ -16,6 +16,7 @@ __all__ = [
     "LoadError",
     "OutputError",
     "PlanError",
+    "ProjectionError",
     "RecipeError",
     "ResumeError",
     "ServingError",
@@ -45,6 +46,10 @@ class RecipeError(SketchconvError):
 
 class PlanError(SketchconvError):
     """Recipe and model do not fit together; nothing was read or written yet."""
+
+
+class ProjectionError(SketchconvError):
+    """Two models cannot be compared weight by weight, or a delta cannot be put in another form."""
 
 
 class ResumeError(SketchconvError):

@@ -75,7 +75,7 @@ class DenseJob:
 
 
 def prepare_dense(
-    src: str | Path,
+    src: str | Path | Source,
     out: str | Path,
     dtype: str | None = None,
     *,
@@ -87,7 +87,8 @@ def prepare_dense(
     """Open the source and decide everything that can be decided from metadata.
 
     Args:
-        src: a `.sktch` file, a sketch folder, a Hugging Face folder, a hub id or a `.gguf` file.
+        src: a `.sktch` file, a sketch folder, a Hugging Face folder, a hub id or a `.gguf` file; or
+            a source that is open, which is closed with the job.
         out: the folder to make; nothing that is there is ever replaced.
         dtype: F32, F16 or BF16 for all floating-point tensors. By default each has the dtype that
             it had in the model: the one of the dense weight for a sketch, as stored elsewhere.
@@ -99,13 +100,15 @@ def prepare_dense(
     Raises:
         SketchconvError: source and output do not fit together; nothing has been written.
     """
-    if not str(src) or not str(out):
+    if src == "" or not str(out):
         raise SourceError("the source and the output must not be empty")
     if dtype is not None and dtype.upper() not in DTYPES:
         raise RecipeError(f"type {dtype!r}: a dense folder holds F32, F16 or BF16")
     wanted = None if dtype is None else dtype.upper()
     output = Path(out)
-    source = open_source(str(src), revision=revision, sketches=True)
+    if isinstance(src, str | Path):
+        src = open_source(str(src), revision=revision, sketches=True)
+    source = src
     try:
         _check_output(output, source)
         infos = tuple(_info(source, info, wanted) for info in source.infos.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sketchconv.errors import OutputError, SourceError
+from sketchconv.export.content import GgufContent
 from sketchconv.export.gguf_model import from_model
 from sketchconv.export.importance import calibration_keys, check_weighted
 from sketchconv.export.plan import ExportPlan
@@ -19,6 +20,7 @@ from sketchconv.formats.gguf_writer import GgufWriter
 from sketchconv.formats.laid_file import FileLayout
 from sketchconv.kernels.threads import available_threads
 from sketchconv.memory import chunk_budget
+from sketchconv.sources.base import Source
 from sketchconv.sources.open import is_gguf, open_source
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ class GgufJob:
 
 
 def prepare_gguf(
-    src: str | Path,
+    src: str | Path | Source,
     out: str | Path,
     recipe: ExportRecipe | None = None,
     *,
@@ -87,7 +89,8 @@ def prepare_gguf(
     """Open the source and decide everything that can be decided from metadata.
 
     Args:
-        src: a `.sktch` file, a sketch folder, a Hugging Face folder, a hub id or a `.gguf` file.
+        src: a `.sktch` file, a sketch folder, a Hugging Face folder, a hub id or a `.gguf` file; or
+            a source that is open, which is closed with the job.
         out: a path that ends in `.gguf`.
         recipe: the types of the tensors; exact ones by default.
         revision: branch, tag or commit on the Hub.
@@ -102,21 +105,12 @@ def prepare_gguf(
         SketchconvError: source, recipe and output do not fit together, or the architecture or
             the tokenizer is not supported; nothing has been written.
     """
-    if not str(src) or not str(out):
+    if src == "" or not str(out):
         raise SourceError("the source and the output must not be empty")
     recipe, output = recipe or ExportRecipe(), Path(out)
     if not output.absolute().parent.is_dir():
         raise OutputError(f"{output.absolute().parent}: no such folder; create it first")
-    reader: RowReader
-    if is_gguf(str(src)) and revision is None:
-        reader, content = from_gguf(Path(src).expanduser(), recipe)
-    else:
-        source = open_source(str(src), revision=revision, sketches=True)
-        try:
-            reader, content = from_model(source, recipe)
-        except BaseException:
-            source.close()
-            raise
+    reader, content = _opened(src, recipe, revision)
     try:
         infos = [step.info for step in content.plan.steps]
         values = dict(content.values)
@@ -145,6 +139,20 @@ def prepare_gguf(
         calibration,
         max_memory,
     )
+
+
+def _opened(
+    src: str | Path | Source, recipe: ExportRecipe, revision: str | None
+) -> tuple[RowReader, GgufContent]:
+    if isinstance(src, str | Path):
+        if is_gguf(str(src)) and revision is None:
+            return from_gguf(Path(src).expanduser(), recipe)
+        src = open_source(str(src), revision=revision, sketches=True)
+    try:
+        return from_model(src, recipe)
+    except BaseException:
+        src.close()
+        raise
 
 
 def check_outputs(

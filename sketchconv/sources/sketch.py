@@ -93,6 +93,11 @@ class SketchSource:
         return MappingProxyType(dict(self._model.manifest.recipe))
 
     @property
+    def aliases(self) -> Mapping[str, str]:
+        """Tied weights: absent name -> the name of the one that is stored."""
+        return MappingProxyType(dict(self._model.manifest.aliases))
+
+    @property
     def records(self) -> Mapping[str, SketchRecord]:
         """How each sketched weight is stored, by name."""
         return MappingProxyType(self._records)

@@ -22,13 +22,13 @@ SECONDS = 300
 
 
 class Runtime:
-    """One loaded model; one thread, because two spin on a busy machine."""
+    """One loaded model, with or without a LoRA adapter; one thread: two spin on a busy machine."""
 
-    def __init__(self, path: Path, context: int = 256) -> None:
+    def __init__(self, path: Path, context: int = 256, adapter: Path | str = "") -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         program = Path(__file__).with_name("peer_process.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", program, path, str(context)],
+            [sys.executable, "-P", program, path, str(context), str(adapter)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

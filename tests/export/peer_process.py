@@ -1,6 +1,6 @@
 """One model in llama.cpp, for `peer.Runtime`: requests as JSON lines in, answers as JSON lines out.
 
-python peer_process.py FILE CONTEXT
+python peer_process.py FILE CONTEXT [LORA]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def tokenize(address: str, body: dict) -> dict:
         return json.load(answer)
 
 
-def main(path: str, context: str) -> None:
+def main(path: str, context: str, adapter: str = "") -> None:
     """Load, say so, then answer until the input ends."""
     # The library writes its log to both: answers need a stream to themselves.
     answers = os.fdopen(os.dup(1), "w")
@@ -32,6 +32,10 @@ def main(path: str, context: str) -> None:
     settings.n_ctx, settings.n_parallel = int(context), 1
     settings.warmup = False
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    if adapter:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = adapter, 1.0
+        settings.lora_adapters = [lora]
     server = xllamacpp.Server(settings)
     print("true", file=answers, flush=True)
     for line in sys.stdin:
