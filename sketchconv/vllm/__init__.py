@@ -1,8 +1,10 @@
 """The plugin that lets vLLM serve sketches: quantization method `sktch`.
 
 vLLM finds `register` by the entry point group `vllm.general_plugins` and calls it in each of its
-processes. Written against the source of vLLM 0.33.0 and tested against stand-ins of its interfaces
-(`tests/vllm/stubs.py`): it has **never run inside vLLM, nor on a GPU**.
+processes. Written against the source of vLLM 0.33.0 (the wheel on PyPI) and tested against
+stand-ins of its interfaces (`tests/vllm/stubs.py`). Once, by hand on a CPU, the layers and the
+weight loader of 0.33.0 itself gave the same results, with the rest of vLLM faked. It has **never
+run inside vLLM, nor on a GPU**.
 
 What it takes: the folder form of a sketch (vLLM reads no `.sktch` file), or the hub id of one, with
 free LUTs of 1 to 8 bits; linear layers, fused ones (q/k/v, gate/up) where their parts have the same

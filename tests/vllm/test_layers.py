@@ -221,3 +221,18 @@ def test_the_index_goes_into_the_order_of_its_device_once(vllm, makers, tmp_path
     monkeypatch.setattr(index, "sketch_order", "device")
     with pytest.raises(LoadError, match="in use cannot take new weights"):
         index.weight_loader(index, disk)
+
+
+def test_compiled_whole_as_vllm_does(vllm, makers, tmp_path):
+    sketch = makers.write(makers.build("LlamaForCausalLM"), tmp_path / "s", bits=3, embeddings=True)
+    (model,) = ranks_of(vllm, sketch.path, 1)
+    layer, ids = model.model.layers[0], torch.tensor([1, 2, 150])
+
+    class Two(nn.Module):
+        def forward(self, ids):
+            x = model.model.embed_tokens.quant_method.embedding(model.model.embed_tokens, ids)
+            return layer.mlp.gate_up_proj(x)
+
+    with torch.no_grad():
+        compiled = torch.compile(Two(), backend="eager", fullgraph=True)
+        assert torch.equal(compiled(ids), Two()(ids))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from sketchconv.errors import LoadError
+from sketchconv.formats.reader import SktchModel
 from sketchconv.formats.sketches import SketchRecord
 from sketchconv.kernels import plain
 from sketchconv.kernels.planes import pack_rows
@@ -127,6 +130,15 @@ def test_what_cannot_be_served_is_refused(makers, tmp_path, monkeypatch):
     sketch.dense.save_pretrained(dense)
     with pytest.raises(LoadError, match="not a sketch that vLLM can read"):
         read_records(str(dense), None, tied=False)
+
+
+def test_sketches_of_grids_are_refused_by_name(tmp_path, monkeypatch):
+    made = SketchRecord("a.q_proj.weight", (8, 64), "F32", 4, 2, "F16", "affine")
+    manifest = SimpleNamespace(sketches={made.name: made}, aliases={})
+    opened = nullcontext(SimpleNamespace(manifest=manifest, tensors={}))
+    monkeypatch.setattr(SktchModel, "open", lambda _: opened)
+    with pytest.raises(LoadError, match=r"a\.q_proj\.weight is of the grid affine"):
+        read_records(str(tmp_path), None, tied=False)
 
 
 def test_what_does_not_fit_is_refused(vllm):
