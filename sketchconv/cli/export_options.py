@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from sketchconv.cli.sketch_options import calibration_of, given_sketch_options
+
+if TYPE_CHECKING:
+    from sketchconv.export.job import GgufJob
+    from sketchconv.export.report import ExportReport
 
 _OPTIONS: Final = (
     click.option(
@@ -31,6 +36,7 @@ _OPTIONS: Final = (
     ),
     click.option("--dense", is_flag=True, help="Decode SRC into a plain Hugging Face folder, OUT."),
     click.option("--name", "model_name", help="GGUF: the model's name. [default: the source's]"),
+    click.option("--modelfile", is_flag=True, help="GGUF: write a Modelfile for Ollama beside it."),
 )
 # Options of compression that say which columns of a GGUF's quantized types matter.
 _CALIBRATED: Final = ("--calibration", "--tokens", "--seq-len", "--seed", "--device")
@@ -39,6 +45,7 @@ _NAMES: Final = {
     "choices": "--type-for",
     "tokenizer_pre": "--tokenizer-pre",
     "model_name": "--name",
+    "modelfile": "--modelfile",
 }
 
 
@@ -55,7 +62,7 @@ def refuse_export_options(options: Mapping[str, Any], allowed: tuple[str, ...] =
     Raises:
         UsageError: names the option.
     """
-    given = [flag for name, flag in _NAMES.items() if options[name] not in (None, ())]
+    given = [flag for name, flag in _NAMES.items() if options[name] not in (None, (), False)]
     refused = [flag for flag in given if flag not in allowed]
     if refused:
         dense = ", or with --dense" if refused[0] == "--type" else ""
@@ -128,6 +135,7 @@ def write_gguf(src: str, out: str, options: Mapping[str, Any]) -> None:
         force=options["force"],
         calibration=calibration_of(options),
     )
+    ends = _ends(job) if options["modelfile"] else ()
     if options["dry_run"]:
         job.reader.close()
         print_export_plan(job, as_json=options["as_json"])
@@ -138,7 +146,30 @@ def write_gguf(src: str, out: str, options: Mapping[str, Any]) -> None:
         silence_transformers()
     with show_progress(quiet=options["quiet"]) as progress:
         report = run(job, progress=progress)
+    if options["modelfile"]:
+        report = _with_modelfile(report, job, ends)
     print_export_report(report, "GGUF written", as_json=options["as_json"])
+
+
+def _ends(job: GgufJob) -> tuple[int, ...]:
+    """What a Modelfile needs of the source, which is closed by then; refuse one before the work."""
+    from sketchconv.export.modelfile import check_modelfile, end_ids
+
+    try:
+        check_modelfile(job)
+        return end_ids(job.reader)
+    except BaseException:
+        job.reader.close()
+        raise
+
+
+def _with_modelfile(report: ExportReport, job: GgufJob, ends: tuple[int, ...]) -> ExportReport:
+    from sketchconv.export.modelfile import NO_TEMPLATE, write_modelfile
+
+    path = write_modelfile(job.output, ends, overwrite=job.overwrite)
+    written = str(job.output.parent / path.name), path.stat().st_size
+    notes = (*report.notes, NO_TEMPLATE)
+    return replace(report, files=(*report.files, written), notes=notes)
 
 
 def _recipe(options: Mapping[str, Any]) -> Any:
