@@ -11,6 +11,7 @@ import sketchconv
 from sketchconv.formats import grids
 from sketchconv.formats.reader import SktchModel
 from sketchconv.formats.validate import validate
+from sketchconv.kernels.ggml import packed
 from sketchconv.pipeline import convert
 from sketchconv.recipe import Override, Recipe, SketchSpec
 from sketchconv.recovery.options import RecoveryError
@@ -71,7 +72,7 @@ def test_gradients_are_those_of_plain_torch(grid, bits, tokens, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_few_tokens_have_the_results_that_they_have_alone(dtype, monkeypatch):
-    monkeypatch.setattr(products, "PARALLEL_WEIGHTS", 1)  # several threads
+    monkeypatch.setattr(packed, "PARALLEL_WEIGHTS", 1)  # several threads
     made, x = module("affine", 5), torch.randn(8, COLUMNS).to(dtype)
     together = made(x)
     for token in range(8):
