@@ -150,7 +150,9 @@ GRID = {"shapes": {"_proj": ("affine", 5, 32)}}
 
 
 @pytest.mark.parametrize("kernels", ["avx512", "avx512-avx512vbmi", "avx2", "portable"])
-@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 4, "groups": 2}, {"bits": 8}, GRID], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bits": 3}, {"bits": 4, "groups": 2}, {"bits": 8}, GRID], ids=str
+)
 def test_forced_kernels(pair, kernels, options):
     try:
         dispatch.choose(kernels)

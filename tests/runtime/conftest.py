@@ -127,7 +127,11 @@ def write(
     text = json.loads(model.config.to_json_string())
     text["architectures"] = [type(model).__name__]
     text["dtype"] = "float32"
-    text["quantization_config"] = {"quant_method": "sktch", "format": draft_version(records), "bits": 4}
+    text["quantization_config"] = {
+        "quant_method": "sktch",
+        "format": draft_version(records),
+        "bits": 4,
+    }
     text.update(config or {})
     others = {"config.json": json.dumps(text).encode(), **(files or {})}
     draft = Draft(
