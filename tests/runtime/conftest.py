@@ -104,8 +104,8 @@ def write(
         shape = next((s for end, s in (shapes or {}).items() if path.endswith(end)), None)
         if shape is not None:
             records[name], *tensors = shaped_state(rng, module, name, *shape)
-            for key, held in zip((records[name].index_name, records[name].lut_name), tensors):
-                blobs[key] = held.tobytes()
+            blobs[records[name].index_name] = tensors[0].tobytes()
+            blobs[records[name].lut_name] = tensors[1].tobytes()
             continue
         rows, columns = module.weight.shape
         codes = rng.integers(0, 2**width, (rows, columns)).astype(np.uint8)
