@@ -14,6 +14,7 @@ from sketchconv.kernels.crew import DECODE_ARGS, MULTIPLY_ARGS
 from sketchconv.kernels.decoder.ir import LANES
 from sketchconv.kernels.dispatch import choose
 from sketchconv.kernels.entries import KINDS
+from sketchconv.kernels.ggml.packed import PackedShaped
 from sketchconv.kernels.packed import LUT_DTYPES, Packed
 
 
@@ -36,7 +37,7 @@ class Matrix:
     `bias` is float32, padded; None where there is none.
     """
 
-    weight: Packed | Tensor
+    weight: Packed | PackedShaped | Tensor
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -57,12 +58,12 @@ class Matrix:
     @property
     def rows(self) -> int:
         """Rows of the weight: results of the product."""
-        return self.weight.rows if isinstance(self.weight, Packed) else self.weight.shape[0]
+        return self.weight.shape[0] if isinstance(self.weight, Tensor) else self.weight.rows
 
     @property
     def columns(self) -> int:
         """Columns of the weight."""
-        return self.weight.columns if isinstance(self.weight, Packed) else self.weight.shape[1]
+        return self.weight.shape[1] if isinstance(self.weight, Tensor) else self.weight.columns
 
     def source(
         self, kernels: str | None, rows_only: bool = False
@@ -72,10 +73,15 @@ class Matrix:
         Args:
             kernels: name of the kernels (`dispatch.choose`).
             rows_only: the kernel that decodes rows instead of the one that multiplies.
+
+        Raises:
+            ValueError: there are no such kernels here, or none that decode rows of a shaped sketch.
         """
         weight = self.weight
         if isinstance(weight, Tensor):
             return 0, weight.data_ptr(), KINDS[LUT_DTYPES[weight.dtype]], 1, weight.shape[1]
+        if isinstance(weight, PackedShaped):
+            return _shaped_source(weight, kernels, rows_only)
         choice = choose(kernels)
         if rows_only:
             kernel: Any = choice.decode(weight.bits, weight.lut_dtype, "F32", weight.order)
@@ -84,6 +90,16 @@ class Matrix:
         address = address_of(kernel, 2 + (DECODE_ARGS if rows_only else MULTIPLY_ARGS))
         tables = weight.lut.data_ptr()
         return address, weight.index.data_ptr(), tables, weight.groups, weight.group_columns
+
+
+def _shaped_source(
+    weight: PackedShaped, kernels: str | None, rows_only: bool
+) -> tuple[int, int, int, int, int]:
+    if rows_only:
+        raise ValueError("an embedding cannot be a shaped sketch: there is no kernel of its rows")
+    address = address_of(weight.kernel(kernels), 2 + MULTIPLY_ARGS)
+    groups, width = weight.groups, weight.group_columns
+    return address, weight.index.data_ptr(), weight.scale.data_ptr(), groups, width
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sketchconv.kernels.dispatch import AVX2_FEATURES, why_not
+from sketchconv.kernels.dispatch import AVX2_FEATURES, choose, why_not
 from sketchconv.kernels.entries import round_bf16
 from sketchconv.kernels.gemv_portable import dot
 from sketchconv.kernels.ggml.dots import BLOCK, CODEBOOK_GRID, FROM_ZERO, SIGNED, row_dots
@@ -156,9 +156,17 @@ def multiply_kernel(grid: str, bits: int, fast: bool, narrow: bool) -> Any:
 
 
 @cache
-def chosen_kernel(grid: str, bits: int, columns: int) -> Any:
-    """The kernel for this CPU and groups of so many columns."""
-    return multiply_kernel(grid, bits, why_not(AVX2_FEATURES) is None, columns == BLOCK)
+def chosen_kernel(grid: str, bits: int, columns: int, name: str | None = None) -> Any:
+    """The kernel for this CPU and groups of so many columns.
+
+    `name` is that of the kernels of free sketches (`dispatch.choose`): with ``"portable"`` these
+    use no instructions of the CPU's own either.
+
+    Raises:
+        ValueError: there is no such grid, or no kernels named `name` that can run here.
+    """
+    fast = why_not(AVX2_FEATURES) is None and choose(name).name != "portable"
+    return multiply_kernel(grid, bits, fast, columns == BLOCK)
 
 
 def multiply_plain(x: F32, index: U8, table: NDArray[np.float16], grid: str, bits: int) -> F32:

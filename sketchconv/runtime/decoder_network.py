@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sketchconv.kernels.decoder.network import Layer, Matrix, Network, floats
 from sketchconv.runtime.modules import SketchModule
+from sketchconv.runtime.shaped import ShapedLinear
 
 Fingerprint: TypeAlias = tuple[tuple[int, int, int], ...]
 
@@ -80,7 +81,7 @@ def _matrix(module: Any) -> Matrix:
     more = None if bias is None else floats(bias)
     if not isinstance(module, SketchModule):
         return Matrix(module.weight.detach(), more)
-    packed = module.packed()
+    packed = module.shaped() if isinstance(module, ShapedLinear) else module.packed()
     if packed is None:
         raise ValueError("a sketch is not in CPU memory")
     return Matrix(packed, more)

@@ -10,6 +10,7 @@ from torch import nn
 
 from sketchconv.adapters.methods import after_forward, before_forward
 from sketchconv.runtime.modules import SketchEmbedding, SketchLinear
+from sketchconv.runtime.shaped import ShapedLinear
 from sketchconv.runtime.tied import TiedSketchEmbedding, TiedSketchLinear
 
 # Class names' prefix by module: attention and norms of these are the llama kind.
@@ -23,7 +24,7 @@ HEAD_NORMS = ("Qwen3",)
 # Kinds whose frequencies stay the same however long the text gets
 ROTATIONS = ("default", "linear", "llama3", "yarn")
 ATTENTIONS = ("eager", "sdpa")
-LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, SketchLinear, TiedSketchLinear)
+LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, SketchLinear, TiedSketchLinear, ShapedLinear)
 EMBEDDINGS: tuple[type[nn.Module], ...] = (nn.Embedding, SketchEmbedding, TiedSketchEmbedding)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OWN_HOOKS = (before_forward, after_forward)  # of adapters, which the decoder knows
@@ -123,6 +124,9 @@ def _tensors(model: Any, family: str) -> str | None:
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_contiguous():
             return f"{path}.weight is not contiguous"
+        scale = module.sketch_scale.dtype if isinstance(module, ShapedLinear) else torch.float16
+        if scale is not torch.float16:
+            return f"{path}.sketch_scale is {scale}, not float16"
     return None
 
 

@@ -11,10 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from sketchconv.formats import grids
-from sketchconv.kernels.crew import share
-from sketchconv.kernels.gemv import PARALLEL_WEIGHTS
 from sketchconv.kernels.ggml.expand import expand_rows
-from sketchconv.kernels.ggml.gemv import chosen_kernel
+from sketchconv.kernels.ggml.packed import PackedShaped, multiply
 from sketchconv.kernels.plain import unpack
 from sketchconv.runtime.modes import exact
 
@@ -65,24 +63,10 @@ def dense(index: Tensor, scale: Tensor, grid: str, bits: int) -> Tensor:
 
 
 def multiply_few(x: Tensor, index: Tensor, scale: Tensor, grid: str, bits: int) -> Tensor:
-    """`x @ W.T` in CPU memory for few tokens, by a kernel that reads codes and scales only.
-
-    Sums are float32, the same at any number of threads; each token has the result that it has
-    alone. One token with 4096 x 4096 weights took a fifth to a tenth of the time of tiles (one
-    thread), eight tokens half.
-    """
-    if x.dtype is torch.float16:
-        return multiply_few(x.float(), index, scale, grid, bits).half()
-    index, scale, x = index.contiguous(), scale.detach().contiguous(), x.detach().contiguous()
-    rows, groups = index.shape[:2]
-    columns = index.shape[2] * 8 // bits
-    y = x.new_empty(*x.shape[:-1], rows)
-    addresses = (index.data_ptr(), scale.data_ptr(), x.data_ptr(), y.data_ptr())
-    tokens = x.numel() // max(1, groups * columns)
-    args = (*addresses, int(x.dtype is torch.bfloat16), tokens, rows, groups, columns)
-    threads = torch.get_num_threads() if rows * groups * columns >= PARALLEL_WEIGHTS else 1
-    share(chosen_kernel(grid, bits, columns), rows, args, threads)
-    return y
+    """`x @ W.T` in CPU memory for few tokens: `kernels.ggml.packed.multiply` of loose tensors."""
+    columns = index.shape[1] * index.shape[2] * 8 // bits
+    matrix = PackedShaped.of(index.contiguous(), scale.contiguous(), columns, grid, bits)
+    return multiply(matrix, x.detach())
 
 
 def multiply_plain(x: Tensor, index: Tensor, scale: Tensor, grid: str, bits: int) -> Tensor:

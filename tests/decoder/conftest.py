@@ -59,7 +59,7 @@ class Pair:
 @pytest.fixture
 def pair(tmp_path):
     """Maker: `pair(kind, bits=..., hidden_size=...)`; sketch options by the names of `write`."""
-    options = ("bits", "groups", "lut", "embeddings", "head", "dtype", "spread")
+    options = ("bits", "groups", "lut", "shapes", "embeddings", "head", "dtype", "spread")
 
     def make(kind: str = "LlamaForCausalLM", **given: Any) -> Pair:
         chosen = {name: given.pop(name) for name in options if name in given}

@@ -9,8 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sketchconv.formats.grids import GRIDS
 from sketchconv.kernels import dispatch
 from sketchconv.runtime.decoder import Decoder, why_not
+from sketchconv.runtime.shaped import ShapedLinear
 
 TOKENS = torch.randint(3, 140, (1, 40), generator=torch.Generator().manual_seed(5))
 LLAMA3 = {
@@ -20,6 +22,15 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+}
+SHAPED_FORMS = [(grid, bits) for grid, known in GRIDS.items() for bits in known.bits]
+SHAPED = {"hidden_size": 96, "intermediate_size": 160, "shapes": {"": ("iq4_nl", 4, 32)}}
+FREE_AND_SHAPED = {
+    "q_proj": ("iq4_nl", 4, 64),
+    "v_proj": ("affine", 5, 32),
+    "up_proj": ("symmetric", 8, 32),
+    "down_proj": ("affine", 4, 96),
+    "lm_head": ("symmetric", 5, 64),
 }
 KINDS = {
     "llama": ("LlamaForCausalLM", {}),
@@ -46,6 +57,9 @@ KINDS = {
         "LlamaForCausalLM",
         {"bits": {f"model.layers.0.mlp.{n}_proj": b for n, b in (("up", 2), ("down", 7))}},
     ),
+    "shaped": ("LlamaForCausalLM", SHAPED),
+    "shaped with biases": ("Qwen2ForCausalLM", SHAPED),
+    "free and shaped": ("Qwen3ForCausalLM", {"shapes": FREE_AND_SHAPED, "head": True}),
 }
 
 
@@ -83,10 +97,26 @@ def test_float32_is_as_exact_as_transformers(pair, name):
     assert 0 < ours <= 2 * theirs
 
 
+@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize(("grid", "bits"), SHAPED_FORMS)
+def test_every_grid_is_as_exact_as_transformers(pair, grid, bits, width):
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 1}
+    made = pair(shapes={"": (grid, bits, width)}, **sizes)
+    assert all(isinstance(m, ShapedLinear) for m in linears(made.model))
+    tokens = TOKENS[:, :20]
+    ours, theirs = errors(made, logits_of_steps(made.model, tokens), tokens)
+    assert 0 < ours <= 2 * theirs
+
+
+def linears(model):
+    return [m for path, m in model.named_modules() if path.endswith("_proj")]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
-def test_short_dtypes_lose_less_than_in_transformers(pair, kind, dtype):
-    made = pair(kind, dtype=dtype)
+@pytest.mark.parametrize("options", [{}, {"shapes": {"": ("affine", 4, 32)}}], ids=["free", "grid"])
+def test_short_dtypes_lose_less_than_in_transformers(pair, kind, dtype, options):
+    made = pair(kind, dtype=dtype, **options)
     got = logits_of_steps(made.model, TOKENS, prefill=7)
     assert got.dtype is torch.float32
     ours, theirs = errors(made, got, TOKENS, 7)
@@ -116,8 +146,13 @@ def test_memory_grows_beyond_its_capacity(pair):
     assert torch.equal(short, logits_of_steps(made.model, TOKENS, capacity=64))
 
 
+GRID = {"shapes": {"_proj": ("affine", 5, 32)}}
+
+
 @pytest.mark.parametrize("kernels", ["avx512", "avx512-avx512vbmi", "avx2", "portable"])
-@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 4, "groups": 2}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bits": 3}, {"bits": 4, "groups": 2}, {"bits": 8}, GRID], ids=str
+)
 def test_forced_kernels(pair, kernels, options):
     try:
         dispatch.choose(kernels)
@@ -134,3 +169,10 @@ def test_infinite_weights_reach_the_logits(pair):
         made.model.model.layers[0].self_attn.v_proj.sketch_lut[3] = float("inf")
     got = logits_of_steps(made.model, TOKENS[:, :3])
     assert not got.isfinite().any()
+
+
+def test_infinite_scales_reach_the_logits(pair):
+    made = pair(**SHAPED)
+    with torch.no_grad():
+        made.model.model.layers[0].self_attn.v_proj.sketch_scale[3] = float("inf")
+    assert not logits_of_steps(made.model, TOKENS[:, :3]).isfinite().any()

@@ -162,6 +162,25 @@ def test_adapters_of_peft(makers):
     assert why_not(model) is not None  # what is inside has adapters too
 
 
+def test_scales_of_another_dtype(pair):
+    """Casts leave them alone; whoever puts others in place gets the modules."""
+    model = pair(shapes={"o_proj": ("iq4_nl", 4, 32)}).model
+    assert why_not(model) is None
+    module = model.model.layers[1].self_attn.o_proj
+    module.sketch_scale.data = module.sketch_scale.data.float()
+    expected = "model.layers.1.self_attn.o_proj.sketch_scale is torch.float32, not float16"
+    assert why_not(model) == expected
+    with torch.no_grad():
+        assert model(torch.tensor([[5]])).logits.isfinite().all()
+
+
+def test_a_class_of_shaped_sketches_that_nobody_knows(pair):
+    model = pair(shapes={"o_proj": ("iq4_nl", 4, 32)}).model
+    module = model.model.layers[0].self_attn.o_proj
+    module.__class__ = type("Mine", (type(module),), {})
+    assert "o_proj is a Mine of another kind" in str(why_not(model))
+
+
 def test_scaled_embeddings(pair):
     model = pair(embeddings=True).model
     model.model.embed_tokens.scale = 2.0

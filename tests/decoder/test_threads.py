@@ -22,10 +22,20 @@ WIDE = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 8, 
 TOKENS = torch.randint(3, 800, (40,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
+SHAPES = {"v_proj": ("affine", 5, 64), "up_proj": ("iq4_nl", 4, 32), "head": ("affine", 4, 32)}
+
+
 @pytest.fixture
 def network(pair):
     """The network of a model with chunks for several threads."""
     decoder = Decoder(pair(embeddings=True, head=True, **WIDE).model)
+    return decoder.cache().session.network
+
+
+@pytest.fixture
+def shaped(pair):
+    """The same with shaped sketches among the free ones."""
+    decoder = Decoder(pair(head=True, shapes=SHAPES, **WIDE).model)
     return decoder.cache().session.network
 
 
@@ -38,6 +48,14 @@ def test_the_same_bits_at_any_number_of_threads(network):
     one = run(network, 1)
     for threads in (2, 3, 5):
         assert torch.equal(run(network, threads), one)
+
+
+def test_shaped_sketches_give_the_same_bits_at_any_number_of_threads(shaped):
+    one = run(shaped, 1)
+    chunks = [Session(shaped, threads=threads)._program.phases[:, 1] for threads in (1, 3)]
+    assert chunks[1].sum() > chunks[0].sum()
+    for threads in (2, 3):
+        assert torch.equal(run(shaped, threads), one)
 
 
 def test_phases_are_cut_for_several_threads(network):

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 
+from sketchconv.formats import grids
 from sketchconv.formats.sketches import SketchRecord
 from sketchconv.formats.tensors import TensorInfo
 from sketchconv.formats.writer import BundleWriter, Draft, FolderWriter, Results
 from sketchconv.kernels.planes import pack_rows
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
+Shape = tuple[str, int, int]
 LLAMA = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -74,6 +76,7 @@ def write(
     bits: int | Mapping[str, int] = 4,
     groups: int = 1,
     lut: torch.dtype = torch.float16,
+    shapes: Mapping[str, Shape] | None = None,
     embeddings: bool = False,
     head: bool = False,
     shard: int | None = None,
@@ -83,7 +86,8 @@ def write(
 ) -> Sketch:
     """Sketch `model` with random codes, put the decoded weights into it, and write it to `out`.
 
-    `out` that ends in .sktch becomes a bundle. `leave_out` names tensors not to store.
+    `out` that ends in .sktch becomes a bundle. `leave_out` names tensors not to store. `shapes`
+    gives the ends of modules' paths shaped sketches: grid, bits and columns of a group.
     """
     rng = np.random.default_rng(7)
     records, blobs = {}, {}
@@ -97,6 +101,12 @@ def write(
             continue
         name = f"{path}.weight"
         width = bits if isinstance(bits, int) else bits.get(path, 4)
+        shape = next((s for end, s in (shapes or {}).items() if path.endswith(end)), None)
+        if shape is not None:
+            records[name], *tensors = shaped_state(rng, module, name, *shape)
+            blobs[records[name].index_name] = tensors[0].tobytes()
+            blobs[records[name].lut_name] = tensors[1].tobytes()
+            continue
         rows, columns = module.weight.shape
         codes = rng.integers(0, 2**width, (rows, columns)).astype(np.uint8)
         table = torch.from_numpy(np.sort(rng.standard_normal((rows, groups, 2**width)) * 0.1, -1))
@@ -117,7 +127,11 @@ def write(
     text = json.loads(model.config.to_json_string())
     text["architectures"] = [type(model).__name__]
     text["dtype"] = "float32"
-    text["quantization_config"] = {"quant_method": "sktch", "format": "1.0", "bits": 4}
+    text["quantization_config"] = {
+        "quant_method": "sktch",
+        "format": draft_version(records),
+        "bits": 4,
+    }
     text.update(config or {})
     others = {"config.json": json.dumps(text).encode(), **(files or {})}
     draft = Draft(
@@ -129,6 +143,22 @@ def write(
     )
     put(out, draft, others, blobs, shard)
     return Sketch(out, model, records)
+
+
+def shaped_state(
+    rng: np.random.Generator, module: Any, name: str, grid: str, bits: int, width: int
+) -> tuple[SketchRecord, Any, Any]:
+    """A random shaped sketch of a module, which gets its weight: record, index and scales."""
+    rows, columns = module.weight.shape
+    groups, fields = columns // width, grids.GRIDS[grid].fields
+    codes = rng.integers(0, 2**bits, (rows, columns)).astype(np.uint8)
+    table = rng.standard_normal((rows, groups, fields)) * 0.1
+    table[..., 0] /= np.abs(grids.levels(grid, bits)).max()
+    table = table.astype(np.float16)
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(grids.decode(codes, table, grid, bits)))
+    record = SketchRecord(name, (rows, columns), "F32", bits, groups, "F16", grid)
+    return record, pack_rows(codes, bits, groups), table
 
 
 def put(out: Path, draft: Draft, files: dict[str, bytes], blobs: dict[str, bytes], shard: Any):
@@ -145,6 +175,11 @@ def put(out: Path, draft: Draft, files: dict[str, bytes], blobs: dict[str, bytes
             writer.append(info.name, blobs[info.name])
         errors = {record.name: 0.125 for record in draft.sketches}
         writer.commit(Results(errors, "0" * 64))
+
+
+def draft_version(records: Mapping[str, SketchRecord]) -> str:
+    """The version of the format that such sketches need."""
+    return "1.1" if any(record.shaped for record in records.values()) else "1.0"
 
 
 def plain_tensors(model: Any, records: Mapping[str, SketchRecord]) -> tuple[dict, dict]:

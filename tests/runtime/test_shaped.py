@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -11,6 +12,8 @@ import sketchconv
 from sketchconv.formats import grids
 from sketchconv.formats.reader import SktchModel
 from sketchconv.formats.validate import validate
+from sketchconv.kernels.decoder.session import Session
+from sketchconv.kernels.ggml import packed
 from sketchconv.pipeline import convert
 from sketchconv.recipe import Override, Recipe, SketchSpec
 from sketchconv.recovery.options import RecoveryError
@@ -71,9 +74,12 @@ def test_gradients_are_those_of_plain_torch(grid, bits, tokens, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_few_tokens_have_the_results_that_they_have_alone(dtype, monkeypatch):
-    monkeypatch.setattr(products, "PARALLEL_WEIGHTS", 1)  # several threads
+    monkeypatch.setattr(packed, "PARALLEL_WEIGHTS", 1)  # several threads
     made, x = module("affine", 5), torch.randn(8, COLUMNS).to(dtype)
     together = made(x)
+    with torch.no_grad():
+        assert torch.equal(made(x), together)
+        assert torch.equal(made(x.view(4, 2, COLUMNS)).view(8, -1), together)
     for token in range(8):
         assert torch.equal(made(x[token]), together[token])
     before = torch.get_num_threads()
@@ -85,6 +91,39 @@ def test_few_tokens_have_the_results_that_they_have_alone(dtype, monkeypatch):
     monkeypatch.setattr(products, "FUSED_TOKENS", 0)
     room = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     torch.testing.assert_close(made(x), together, rtol=room, atol=room)
+
+
+@torch.no_grad()
+def test_the_checked_form_follows_the_tensors():
+    made, other, x = module("affine", 5), module("affine", 5), torch.randn(3, COLUMNS)
+    other.sketch_index.random_(0, 256)
+    other.sketch_scale.normal_()
+    known = made.shaped()
+    assert known is not None
+    assert made.shaped() is known
+    first, second = made(x), other(x)
+    copies = copy.deepcopy(made), pickle.loads(pickle.dumps(made))
+    assert made(x[:0]).shape == (0, ROWS)
+    made.sketch_scale.mul_(2)  # in place: the same address
+    made.bias.mul_(2)
+    torch.testing.assert_close(made(x), 2 * first)
+    made.sketch_scale = torch.nn.Parameter(other.sketch_scale.clone())
+    made.sketch_index.data = other.sketch_index.clone()
+    made.bias.copy_(other.bias)
+    assert torch.equal(made(x), second)
+    made.load_state_dict(copies[0].state_dict(), assign=True)
+    for again in (made, *copies):
+        assert torch.equal(again(x), first)
+    assert made.to("meta").shaped() is None
+
+
+def test_few_tokens_have_gradients_where_they_are_asked_for():
+    made, x = module("affine", 5), torch.randn(3, COLUMNS)
+    assert made(x).requires_grad
+    frozen = made.requires_grad_(False)
+    assert not frozen(x).requires_grad
+    x.requires_grad_()
+    assert frozen(x).requires_grad
 
 
 def test_casts_leave_scales_alone():
@@ -126,6 +165,8 @@ def test_wrong_inputs_are_refused():
         made(torch.zeros(2, COLUMNS, dtype=torch.int64))
     with pytest.raises(ValueError, match="no grid 'iq4_nl' of 5 bits"):
         ShapedLinear(COLUMNS, ROWS, 5, "iq4_nl", GROUPS)
+    with pytest.raises(ValueError, match="multiple of 32 columns, got 8 groups in 128 columns"):
+        ShapedLinear(COLUMNS, ROWS, 4, "iq4_nl", 8)
 
 
 @pytest.fixture(scope="module")
@@ -176,11 +217,17 @@ def test_save_pretrained_keeps_every_bit(sketch, tmp_path):
     assert torch.equal(logits(sketchconv.load(tmp_path / "saved")), logits(model))
 
 
-def test_generation_and_dense_form(sketch):
+def test_generation_and_dense_form(sketch, monkeypatch):
     model = sketchconv.load(sketch)
     ids = torch.arange(3, 9).view(1, -1)
-    text = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
-    assert text.shape == (1, 11)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    steps = []
+    step = Session.step
+    monkeypatch.setattr(Session, "step", lambda *args: steps.append(args[1:]) or step(*args))
+    text = model.generate(ids, **options)
+    assert text.shape == (1, 26)
+    assert [place for _, place in steps] == list(range(6, 25))
+    assert torch.equal(type(model).generate(model, ids, **options), text)  # by the modules
     before = logits(model)
     dense = model.dequantize()
     assert not any(isinstance(m, ShapedLinear) for m in dense.modules())
