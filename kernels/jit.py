@@ -17,6 +17,8 @@ from typing import Any, TypeVar, cast
 
 import numba
 
+from sketchconv.kernels.cache_names import separate
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -50,7 +52,8 @@ def jit(function: F) -> F:
     compiled: Any
     try:
         compiled = numba.njit(cache=True, **options)(function)
-    except RuntimeError:
+        separate(compiled)
+    except (RuntimeError, AttributeError):
         compiled = numba.njit(**options)(function)
     return cast(F, compiled)
 
