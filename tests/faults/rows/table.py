@@ -1,0 +1,8 @@
+"""All rows, in order."""
+
+from __future__ import annotations
+
+from rows.full_disk import R4
+from rows.kills import R1, R2
+
+ROWS = (R1, R2, R4)
