@@ -13,7 +13,7 @@ from rows.harness import jobs
 _WORDS = ("full", "disk", "space", os.strerror(errno.EIO), os.strerror(errno.ENOSPC))
 
 
-def _unclear(reply, job):
+def _unclear(reply, job, folder):
     """What is wrong with the error of a run whose disk failed."""
     if reply["error"] is None:
         return "no error"
@@ -22,15 +22,15 @@ def _unclear(reply, job):
         return f"an error that is not ours: {reply['error']}: {message}"
     if "\n" in message or not any(word in message for word in _WORDS):
         return f"an unclear error: {message}"
-    if job.form not in message:
-        return f"an error that does not name the output: {message}"
+    if job.form not in message and str(folder) not in message:
+        return f"an error that names neither the output nor its folder: {message}"
     return None
 
 
 def _case(victim, job, folder, command):
     """Starve a job, then let it go on: what went wrong, or None."""
     reply = victim(job.task, job.on(folder), **command)
-    problem = _unclear(reply, job)
+    problem = _unclear(reply, job, folder)
     if problem is None and (folder / job.form).exists():
         problem = "an output in spite of the error"
     problem = problem or job.wrong(folder)
@@ -72,7 +72,7 @@ def _small_disks(setting, victim, made, count):
                 if not there:
                     return count.cases - before
                 reply = victim(job.task, job.on(room))
-                problem = _unclear(reply, job) or job.wrong(room)
+                problem = _unclear(reply, job, room) or job.wrong(room)
                 subprocess.run(["mount", "-o", "remount,size=64m", room], check=True)
                 problem = problem or job.unfinished(room, victim(job.task, job.on(room)))
             count.add(problem and f"{job.name} on a disk of {size} bytes: {problem}")

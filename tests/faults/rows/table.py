@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rows.full_disk import R4
+from rows.fuzz import S3
 from rows.kills import R1, R2
 
-ROWS = (R1, R2, R4)
+ROWS = (S3, R1, R2, R4)
