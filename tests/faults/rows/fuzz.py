@@ -6,13 +6,14 @@ import time
 
 from rows.base import Count, Outcome, Row, Setting
 from rows.mutants import TARGETS
-from rows.readers import attempt
+from rows.readers import attempt, warm
 
 
 def run(setting: Setting, targets=None) -> Outcome:
     """Every target for as long as the size says; a failure names target and number."""
     count, most = Count(), setting.pick(60, 10**9, 10**9)
     seconds = setting.pick(20.0, 30.0, 75.0)
+    warm(setting.room("fuzz-warm"))
     for name, target in (targets or TARGETS).items():
         make, read = target(setting.room(f"fuzz-{name}"))
         taken, number, started = 0, 0, time.monotonic()

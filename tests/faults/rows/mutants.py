@@ -8,7 +8,6 @@ import struct
 from rows import toys
 from rows.odd import bytes_changed, mutated, text
 from rows.readers import READERS
-
 from sketchconv.errors import ResumeError
 from sketchconv.formats.document import sealed
 from sketchconv.formats.strict_json import dumps

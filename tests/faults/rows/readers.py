@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from rows import toys
 from sketchconv.architecture import map_model
 from sketchconv.errors import SketchconvError
 from sketchconv.export.recipe import ExportRecipe
@@ -115,6 +116,15 @@ def attempt(reader, path):
         return error
     except Hang:
         return f"no answer within {SECONDS:.0f} s"
-    except Exception as error:  # noqa: BLE001 - the very thing that is looked for
+    except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     return None
+
+
+def warm(folder):
+    """Read good inputs, which must be taken; imports what an alarm must not interrupt."""
+    read_checkpoint(toys.llama(folder / "model"))
+    read_sktch(toys.toys().make_toy(rows=2, columns=6, groups=2).bundle(folder / "good.sktch"))
+    found = list(validate_delta(toys.delta(folder / "good-delta.sktch")))
+    if found:
+        raise ValueError(str(found[0]))

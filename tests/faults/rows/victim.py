@@ -86,7 +86,7 @@ def child(command, pipe):
         reply["value"] = TASKS[command["task"]](**command["args"])
     except SketchconvError as error:
         reply |= {"error": type(error).__name__, "message": str(error)}
-    except BaseException as error:  # noqa: BLE001 - reported to the row, which fails
+    except BaseException as error:
         reply |= {"error": type(error).__name__, "message": str(error), "ours": False}
     report(pipe, json.dumps({**reply, "calls": fault.calls}).encode())
     os._exit(0)
