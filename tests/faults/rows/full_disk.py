@@ -1,4 +1,4 @@
-"""R4: a full or failing disk: one clear error, sources untouched, and the job can be gone on with."""
+"""R4: a full or failing disk: a clear error, sources untouched, and the job goes on."""
 
 from __future__ import annotations
 

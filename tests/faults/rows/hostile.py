@@ -1,4 +1,4 @@
-"""Bad inputs by kind, beside those of `spec/vectors`: each a name, a kind, and a path to be read."""
+"""Bad inputs by kind, beside those of `spec/vectors`: each a kind, a name and a path."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def run_valid(setting: Setting) -> Outcome:
 
 
 def run_agreement(setting: Setting) -> Outcome:
-    """S4: mutants of a checkpoint that we take; good ones are those that safetensors reads alike."""
+    """S4: mutants of a checkpoint that we take; good ones safetensors reads alike."""
     count, make = Count(), safetensors_target(setting.room("agree"))[0]
     tried = setting.pick(200, 5000, 50_000)
     for number in range(tried):
