@@ -6,6 +6,7 @@ the fuzzer's bytes choose the mutations, so that what it learns is which of them
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import tempfile
@@ -42,10 +43,8 @@ def main():
     make, read = TARGETS[sys.argv.pop(1)](folder)
 
     def once(data):
-        try:
+        with contextlib.suppress(SketchconvError):
             read(make(Bytes(data)))
-        except SketchconvError:
-            pass
 
     atheris.Setup(sys.argv, once)
     atheris.Fuzz()

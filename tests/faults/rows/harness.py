@@ -13,6 +13,7 @@ from typing import Any
 
 from rows import toys
 
+NAMES = ("bundle", "folder", "coarse", "apply", "export")
 VICTIM = Path(__file__).with_name("victim.py")
 
 
@@ -90,7 +91,7 @@ class Job:
 
 
 @contextmanager
-def jobs(setting, names=("bundle", "folder", "coarse", "apply", "export")):
+def jobs(setting, names=NAMES):
     """A victim, and the jobs by name, each carried out once without harm."""
     room = setting.room("jobs")
     llama = toys.llama(room / "tiny-llama")
