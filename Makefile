@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints.txt
 
-.PHONY: demo test portability lint bench clean
+.PHONY: demo test portability faults lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -P tests/demo.py
@@ -24,6 +24,10 @@ test: $(READY) lint
 portability: $(READY)
 	NUMBA_CPU_NAME=generic $(BIN)/python -P -m pytest -q tests/kernels tests/decoder
 	NUMBA_CPU_NAME=haswell $(BIN)/python -P -m pytest -q tests/kernels tests/decoder
+
+# The whole scorecard, about an hour; the short one takes minutes: --short, and another --seed.
+faults: $(READY)
+	$(BIN)/python -P tests/faults/scorecard.py --out tests/faults/SCORECARD.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

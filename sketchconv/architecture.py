@@ -201,16 +201,27 @@ def _check_surplus(model: PreTrainedModel, names: Names) -> None:
     """Refuse layers that the config does not count: they would silently be left out."""
     known = {_DIGITS.sub("#", name) for name in names.plain}
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+    empty = _empty_lists(model)
     surplus = [
         name
         for name in names.extra
-        if _DIGITS.sub("#", name) in known and not any(p.search(name) for p in ignored)
+        if (_DIGITS.sub("#", name) in known or name.startswith(empty))
+        and not any(p.search(name) for p in ignored)
     ]
     if surplus:
         raise ArchitectureError(
             f"{surplus[0]}: the config of {type(model).__name__} has no such layer"
             f" ({len(surplus)} such tensors); config.json and weights do not belong together"
         )
+
+
+def _empty_lists(model: PreTrainedModel) -> tuple[str, ...]:
+    """How names begin that belong to lists of layers of which the config counts none."""
+    from torch import nn
+
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and not len(m)]
+    short = [name.removeprefix(f"{model.base_model_prefix}.") for name in lists]
+    return tuple(f"{name}." for name in (*lists, *short))
 
 
 def _check_shapes(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sketchconv.errors import ResumeError
+from sketchconv.formats.part import os_failures
 
 if TYPE_CHECKING:
     from sketchconv.job import Job
@@ -48,7 +49,7 @@ class Entry:
 
     @classmethod
     def from_value(cls, value: Any) -> Entry:
-        """Read a line. Raises KeyError, TypeError, ValueError or AttributeError for a bad one."""
+        """Read a line. Raises KeyError, TypeError, ValueError, AttributeError or OverflowError."""
         stored = {str(name): str(digest) for name, digest in value["stored"].items()}
         error, norm = map(float.fromhex, value["squares"])
         return cls(str(value["name"]), str(value["source"]), stored, (error, norm))
@@ -78,11 +79,16 @@ class Journal:
         return bool(self.finished)
 
     def add(self, entry: Entry) -> None:
-        """Note a finished tensor."""
-        if self._fd < 0:
-            self._open()
+        """Note a finished tensor.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        with os_failures(self.path):
+            if self._fd < 0:
+                self._open()
+            write_all(self._fd, entry.to_line())
         self.finished[entry.name] = entry
-        os.write(self._fd, entry.to_line())
 
     def kept(self, plan: Plan) -> str:
         """What was kept, and how to go on, in words."""
@@ -109,7 +115,7 @@ class Journal:
         fresh = self.path.with_name(self.path.name + ".new")
         self._fd = os.open(fresh, flags, 0o666)
         lines = [json.dumps(self._fingerprint).encode() + b"\n"]
-        os.write(self._fd, b"".join([*lines, *(e.to_line() for e in self.finished.values())]))
+        write_all(self._fd, b"".join([*lines, *(e.to_line() for e in self.finished.values())]))
         fresh.replace(self.path)
 
     def _read(self) -> dict[str, Entry]:
@@ -118,13 +124,13 @@ class Journal:
                 return {}
             first, *lines = self.path.read_bytes().split(b"\n")
             self._compare(json.loads(first))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         found: dict[str, Entry] = {}
         for line in lines[:-1]:  # what follows the last line feed was cut
             try:
                 entry = Entry.from_value(json.loads(line))
-            except (KeyError, TypeError, ValueError, AttributeError):
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
                 break
             found[entry.name] = entry
         return found
@@ -139,6 +145,12 @@ class Journal:
                 f"{', '.join(other)}; repeat that one to finish it, or pass --no-resume to start "
                 "anew"
             )
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of it: on a full disk a call may take a part, and the next one then fails."""
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def fingerprint_of(job: Job) -> dict[str, Any]:

@@ -38,7 +38,8 @@ class Noted:
         """
         if chunk.begin == 0:
             known = None if self._journal is None else self._journal.finished.get(chunk.step.name)
-            whole = known is not None and self._writer.adopt(known.stored)
+            named = known is not None and set(known.stored) == set(_stored(chunk.step))
+            whole = known is not None and named and self._writer.adopt(known.stored)
             self._entry = known if whole else None
         return self._entry is not None
 
@@ -66,8 +67,12 @@ class Noted:
             return
         from sketchconv.journal import Entry
 
-        record = step.record
-        names = (step.name,) if record is None else (record.index_name, record.lut_name)
-        stored = {name: self._writer.digest(name) for name in names}
+        stored = {name: self._writer.digest(name) for name in _stored(step)}
         self._journal.add(Entry(step.name, source, stored, squares))
         self._writer.keep = True
+
+
+def _stored(step: Step) -> tuple[str, ...]:
+    """The stored tensors that a step writes."""
+    record = step.record
+    return (step.name,) if record is None else (record.index_name, record.lut_name)

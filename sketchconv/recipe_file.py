@@ -43,7 +43,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: a recipe is at most {MAX_RECIPE_BYTES} bytes, got {len(data)}")
     try:
         return tomllib.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise RecipeError(f"{path}: not a TOML file: nested too deeply") from None
+    except ValueError as error:  # also of bytes that are not UTF-8, and of numbers of 5,000 digits
         raise RecipeError(f"{path}: not a TOML file: {error}") from None
 
 

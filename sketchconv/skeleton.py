@@ -82,7 +82,8 @@ def candidate_classes(config: Mapping[str, Any]) -> list[Any]:
 def _names(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    return [item for item in value if isinstance(item, str)] if value else []
+    named = value if isinstance(value, list | tuple) else ()
+    return [item for item in named if isinstance(item, str)]
 
 
 def _config_class(model_type: Any) -> Any:

@@ -60,11 +60,14 @@ class ModelFolder:
         return sorted(entry.name for entry in self.root.iterdir())
 
 
+_LONGEST = 255  # bytes that file systems take
+
+
 def safe_name(name: str) -> str:
     """`name` itself if it is a relative path that stays below its folder.
 
     Raises:
-        SourceError: empty, absolute, with a drive, a backslash, NUL or a `..` part.
+        SourceError: empty, absolute, with a drive, a backslash, NUL or a `..` part, too long.
     """
     parts = PurePosixPath(name).parts
     bad = (
@@ -75,6 +78,8 @@ def safe_name(name: str) -> str:
         or ".." in parts
         or _DRIVE.match(name)
     )
+    if len(name.encode("utf-8", "replace")) > _LONGEST:
+        raise SourceError(f"{name[:80]!r}...: a file name has at most {_LONGEST} bytes")
     if bad:
         raise SourceError(f"{name!r}: a file name must be relative and stay in the model folder")
     return name

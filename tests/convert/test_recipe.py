@@ -92,6 +92,8 @@ def test_keys_that_a_file_does_not_name_keep_their_values(tmp_path):
         ("[[override]]\nmatch = 'x'\ngroups = 2\ngroup_size = 2", "not both"),
         ("[[override]]\nmatch = ''", "match"),
         ("= 3", "not a TOML file"),
+        ("a = " + "[" * 5000, "nested too deeply"),
+        ("embed_bits = " + "9" * 5000, "not a TOML file"),
     ],
 )
 def test_each_mistake_in_a_recipe_file_gets_one_line_that_names_the_file(tmp_path, text, says):

@@ -243,6 +243,37 @@ def test_killed_at_any_call_then_resumed(llama, tmp_path, whole, form):
     assert names(tmp_path) == [form]
 
 
+def test_a_journal_on_a_full_disk_is_our_error(tmp_path, monkeypatch):
+    made = journal_module.Journal(tmp_path / "m", {"a": 1}, resume=True)
+    entry = journal_module.Entry("x", "00", {"x": "11"}, (0.1, 3.5))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OutputError, match="full"):
+            made.add(entry)
+    made.close()
+    assert not journal_module.Journal(tmp_path / "m", {"a": 1}, resume=True).finished
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"squares": ["0x1p99999", "0x0p0"]}'])
+def test_a_damaged_line_of_the_journal_is_dropped(tmp_path, line):
+    made = journal_module.Journal(tmp_path / "m", {"a": 1}, resume=True)
+    made.add(journal_module.Entry("x", "00", {"x": "11"}, (0.1, 3.5)))
+    made.close()
+    text = made.path.read_text()
+    whole = json.loads(text.splitlines()[1])
+    if line.startswith("{"):
+        line = json.dumps({**whole, **json.loads(line)})
+    made.path.write_text(f"{text}{line}\n")
+    assert list(journal_module.Journal(tmp_path / "m", {"a": 1}, resume=True).finished) == ["x"]
+    made.path.write_text(f"{line}\n")
+    if line.startswith("["):
+        assert not journal_module.Journal(tmp_path / "m", {"a": 1}, resume=True).resumes
+
+
 def test_the_journal_knows_only_whole_lines(tmp_path):
     made = journal_module.Journal(tmp_path / "m", {"a": 1}, resume=True)
     entry = journal_module.Entry("x", "00", {"x": "11"}, (0.1, 3.5))

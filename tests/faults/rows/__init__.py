@@ -1,0 +1,1 @@
+"""The rows of the scorecard: each module holds one row, or what several share."""
