@@ -115,8 +115,13 @@ class Journal:
         fresh = self.path.with_name(self.path.name + ".new")
         self._fd = os.open(fresh, flags, 0o666)
         lines = [json.dumps(self._fingerprint).encode() + b"\n"]
-        write_all(self._fd, b"".join([*lines, *(e.to_line() for e in self.finished.values())]))
-        fresh.replace(self.path)
+        try:
+            write_all(self._fd, b"".join([*lines, *(e.to_line() for e in self.finished.values())]))
+            fresh.replace(self.path)
+        except OSError:
+            self.close()
+            fresh.unlink(missing_ok=True)
+            raise
 
     def _read(self) -> dict[str, Entry]:
         try:

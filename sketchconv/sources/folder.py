@@ -60,7 +60,7 @@ class ModelFolder:
         return sorted(entry.name for entry in self.root.iterdir())
 
 
-_LONGEST = 255  # bytes that file systems take
+_LONGEST = 255  # bytes of one part of a path that file systems take
 
 
 def safe_name(name: str) -> str:
@@ -78,7 +78,7 @@ def safe_name(name: str) -> str:
         or ".." in parts
         or _DRIVE.match(name)
     )
-    if len(name.encode("utf-8", "replace")) > _LONGEST:
+    if any(len(part.encode("utf-8", "replace")) > _LONGEST for part in parts):
         raise SourceError(f"{name[:80]!r}...: a file name has at most {_LONGEST} bytes")
     if bad:
         raise SourceError(f"{name!r}: a file name must be relative and stay in the model folder")
