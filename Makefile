@@ -5,19 +5,24 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints.txt
 
-.PHONY: demo test portability faults lint bench clean
+.PHONY: demo test test-slow portability faults faults lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -P tests/demo.py
 
-# Two processes: 25 minutes of one core's work. What the first prints comes when both are done.
+# Two processes: 30 minutes of one core's work. What the first prints comes when both are done. The few
+# tests marked slow (short runs of benchmarks, tuning in two processes) are in `test-slow`.
 FIRST := tests/gpu tests/kernels tests/decoder tests/formats
 test: $(READY) lint
 	@mkdir -p build
 	@$(BIN)/python -P -m pytest -q $(FIRST) > build/tests.log 2>&1 & first=$$!; \
-	$(BIN)/python -P -m pytest $(addprefix --ignore=,$(FIRST)); second=$$?; \
+	$(BIN)/python -P -m pytest -m 'not slow' $(addprefix --ignore=,$(FIRST)); second=$$?; \
 	wait $$first; first=$$?; cat build/tests.log; \
 	test $$first -eq 0 && test $$second -eq 0
+
+test-slow: $(READY)
+	$(PIP) -e '.[bench]'
+	$(BIN)/python -P -m pytest -q -m slow tests
 
 # The kernels' tests as CPUs without AVX-512 run them: an unguarded intrinsic ends the process. Not a
 # part of `test`, which checks one product on each such CPU: it compiles all kernels twice more.
