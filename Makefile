@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints.txt
 
-.PHONY: demo test test-slow portability faults faults lint bench clean
+.PHONY: demo test test-slow portability faults lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -P tests/demo.py
