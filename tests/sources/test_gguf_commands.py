@@ -18,7 +18,8 @@ from sketchconv.export.recipe import ExportRecipe
 from sketchconv.export.run import export_gguf
 
 # One for each way in which a GGUF file differs from a checkpoint.
-KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
+SLOW = ("llama", "qwen2", "qwen3", "gemma2", "phi3")  # seven seconds each
+KINDS = ("gemma3", "gpt2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW))
 
 
 def invoke(*arguments, code=0):
