@@ -9,19 +9,25 @@ from pathlib import Path
 from types import TracebackType
 
 from sketchconv.formats import staging
+from sketchconv.formats.adopting import Adopting
 from sketchconv.formats.errors import OutputFailure
 from sketchconv.formats.header import canonical_header, data_order
-from sketchconv.formats.laid_file import FileLayout, LaidFile
-from sketchconv.formats.part import Data, check_space, os_failures
+from sketchconv.formats.laid_file import FileLayout, NotedFile
+from sketchconv.formats.part import Data, allocated, check_space, os_failures
 from sketchconv.formats.paths import check_path
 from sketchconv.formats.sharding import INDEX_NAME, SINGLE_NAME
 from sketchconv.formats.tensors import TensorInfo
 
 
-def safetensors_layout(infos: Iterable[TensorInfo]) -> FileLayout:
-    """Lay out one safetensors file: tensors by element size, then name."""
+def safetensors_layout(infos: Iterable[TensorInfo], framework: str = "pt") -> FileLayout:
+    """Lay out one safetensors file: tensors by element size, then name.
+
+    Args:
+        infos: its tensors.
+        framework: `format` in its metadata, by which loaders know whose layout it is.
+    """
     ordered = data_order(infos)
-    header = canonical_header({"format": "pt"}, ordered)
+    header = canonical_header({"format": framework}, ordered)
     begin, at = {}, len(header)
     for info in ordered:
         begin[info.name] = at
@@ -29,7 +35,9 @@ def safetensors_layout(infos: Iterable[TensorInfo]) -> FileLayout:
     return FileLayout(header, begin, {i.name: i.nbytes for i in ordered}, at)
 
 
-def dense_layouts(infos: Sequence[TensorInfo], max_shard_size: int) -> dict[str, FileLayout]:
+def dense_layouts(
+    infos: Sequence[TensorInfo], max_shard_size: int, framework: str = "pt"
+) -> dict[str, FileLayout]:
     """Lay out the weight files of a folder, by name, in the order of `infos`.
 
     A file takes tensors until their bytes would pass `max_shard_size`; a larger one gets its own.
@@ -48,9 +56,9 @@ def dense_layouts(infos: Sequence[TensorInfo], max_shard_size: int) -> dict[str,
         shards[-1].append(info)
         used += info.nbytes
     if len(shards) == 1:
-        return {SINGLE_NAME: safetensors_layout(shards[0])}
+        return {SINGLE_NAME: safetensors_layout(shards[0], framework)}
     return {
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors": safetensors_layout(shard)
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": safetensors_layout(shard, framework)
         for i, shard in enumerate(shards, 1)
     }
 
@@ -72,26 +80,32 @@ def with_index(files: Mapping[str, bytes], layouts: Mapping[str, FileLayout]) ->
     return others
 
 
-class DenseFolderWriter:
+class DenseFolderWriter(Adopting):
     """Writes a folder of weights and small files; there is none of it until `commit`.
 
     Args:
         path: the folder to make; an empty one that is there is taken.
         layouts: of the weight files by name.
         files: the small files by relative POSIX path.
+        resume: keep what a former run left in the temporary, for `adopt`.
 
     Raises:
         OutputFailure: it exists and is not empty, cannot be written, or the disk is too small.
     """
 
     def __init__(
-        self, path: Path, layouts: Mapping[str, FileLayout], files: Mapping[str, bytes]
+        self,
+        path: Path,
+        layouts: Mapping[str, FileLayout],
+        files: Mapping[str, bytes],
+        resume: bool = False,
     ) -> None:
+        super().__init__(keep=resume)
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 (Path.resolve would follow links)
-        self._files: list[LaidFile] = []
-        self._home: dict[str, LaidFile] = {}
+        self._files: list[NotedFile] = []
+        self._home: dict[str, NotedFile] = {}
         staging.check_target(self.path, folder=True, overwrite=False)
-        self._lock = staging.open_folder(self.path)
+        self._lock = staging.open_folder(self.path, keep=layouts if resume else ())
         try:
             self._stage(layouts, files)
         except BaseException:
@@ -101,16 +115,25 @@ class DenseFolderWriter:
     def _stage(self, layouts: Mapping[str, FileLayout], files: Mapping[str, bytes]) -> None:
         folder = staging.staging_path(self.path)
         needed = sum(x.size for x in layouts.values()) + sum(map(len, files.values()))
+        there = [folder / name for name in layouts if (folder / name).exists()]
+        needed = max(needed - sum(allocated(path.stat()) for path in there), 0)
         check_space(folder, needed, self.path)
         for name, data in files.items():
             staging.write_file(folder, name, data)
         for name, layout in layouts.items():
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             with os_failures(self.path):
                 descriptor = os.open(folder / name, flags, 0o666)
-            file = LaidFile(descriptor, folder / name, layout)
+            try:
+                file = NotedFile(descriptor, folder / name, layout)
+            except BaseException:
+                os.close(descriptor)
+                raise
             self._files.append(file)
             self._home.update(dict.fromkeys(layout.begin, file))
+
+    def _file_of(self, name: str) -> NotedFile:
+        return self._home[name]
 
     def append(self, name: str, data: Data) -> None:
         """Write the next bytes of a tensor. Raises as `LaidFile.append`, KeyError if unknown."""
@@ -139,9 +162,10 @@ class DenseFolderWriter:
         self._close()
 
     def abort(self) -> None:
-        """Remove the temporary folder; does nothing after a commit."""
+        """Remove the temporary, unless it is to be kept; does nothing after a commit."""
         if self._lock >= 0:
-            staging.discard(self.path, folder=True)
+            if not self.keep:
+                staging.discard(self.path, folder=True)
             self._close()
 
     def _close(self) -> None:

@@ -9,38 +9,46 @@ from pathlib import Path
 from types import TracebackType
 
 from sketchconv.formats import staging
+from sketchconv.formats.adopting import Adopting
 from sketchconv.formats.errors import OutputFailure
-from sketchconv.formats.laid_file import FileLayout, LaidFile
-from sketchconv.formats.part import Data, check_space, os_failures
+from sketchconv.formats.laid_file import FileLayout, NotedFile
+from sketchconv.formats.part import Data, allocated, check_space, os_failures
 
 
-class GgufWriter:
+class GgufWriter(Adopting):
     """Writes one model, in one file or in parts.
 
-    Until `commit` there are only temporaries beside the output; `abort` removes them. The first
-    part, the one that is opened, is renamed last, so that a model is never there by halves.
+    Until `commit` there are only temporaries beside the output; `abort` removes them (see `keep`).
+    The first part, the one that is opened, is renamed last, so that a model is never there by
+    halves.
 
     Args:
         folder: where the files go.
         layouts: of each file by name, the first part first.
         overwrite: replace regular files that are there.
+        resume: keep what a former run left in the temporaries, for `adopt`.
 
     Raises:
         OutputFailure: an output exists, cannot be written, or the disk is too small.
     """
 
     def __init__(
-        self, folder: Path, layouts: Mapping[str, FileLayout], overwrite: bool = False
+        self,
+        folder: Path,
+        layouts: Mapping[str, FileLayout],
+        overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
+        super().__init__(keep=resume)
         root = Path(os.path.abspath(folder))  # noqa: PTH100 (Path.resolve would follow links)
-        self._overwrite = overwrite
-        self._files: dict[Path, LaidFile] = {}
+        self._overwrite, self._resume = overwrite, resume
+        self._files: dict[Path, NotedFile] = {}
         self._home = {name: root / part for part, at in layouts.items() for name in at.begin}
         self._open = True
         for name in layouts:
             staging.check_target(root / name, folder=False, overwrite=overwrite)
         try:
-            check_space(root, sum(x.size for x in layouts.values()), root)
+            check_space(root, _missing(root, layouts, resume=resume), root)
             for name, layout in layouts.items():
                 self._stage(root / name, layout)
         except BaseException:
@@ -50,15 +58,16 @@ class GgufWriter:
     def _stage(self, path: Path, layout: FileLayout) -> None:
         descriptor = self._opened(path)
         try:
-            self._files[path] = LaidFile(descriptor, path, layout)
+            self._files[path] = NotedFile(descriptor, path, layout)
         except BaseException:
             os.close(descriptor)
-            staging.discard(path, folder=False)
+            if not self.keep:
+                staging.discard(path, folder=False)
             raise
 
     def _opened(self, path: Path) -> int:
         try:
-            return staging.open_file(path)
+            return staging.open_file(path, keep=self._resume)
         except OutputFailure as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
@@ -68,6 +77,10 @@ class GgufWriter:
                 ) from error
             raise
 
+    def _file_of(self, name: str) -> NotedFile:
+        self._check_open()
+        return self._files[self._home[name]]
+
     def append(self, name: str, data: Data) -> None:
         """Write the next bytes of a tensor; tensors come in any order, also interleaved.
 
@@ -76,8 +89,7 @@ class GgufWriter:
             ValueError: too many bytes, or the writer is closed.
             OutputFailure: the disk is full or fails.
         """
-        self._check_open()
-        self._files[self._home[name]].append(name, data)
+        self._file_of(name).append(name, data)
 
     def commit(self) -> None:
         """Check that all is there, sync, and rename into place, the first part last.
@@ -116,19 +128,19 @@ class GgufWriter:
             old.unlink(missing_ok=True)
 
     def _take_back(self, aside: Mapping[Path, Path], there: list[Path]) -> None:
-        """Remove what this writer renamed into place, by identity, and put old parts back."""
+        """Undo what this writer renamed into place, by identity, and put old parts back."""
         for path, file in self._files.items():
             if (path in aside or path not in there) and file.is_there():
-                path.unlink(missing_ok=True)
+                _withdraw(path, keep=self.keep)
         for path, old in aside.items():
             if old.exists() and not path.exists():
                 old.rename(path)
 
     def abort(self) -> None:
-        """Remove the temporaries; does nothing after a commit."""
+        """Remove the temporaries, unless they are to be kept; does nothing after a commit."""
         if not self._open:
             return
-        for path in self._files:
+        for path in () if self.keep else self._files:
             staging.discard(path, folder=False)
         self._close()
 
@@ -151,3 +163,21 @@ class GgufWriter:
         trace: TracebackType | None,
     ) -> None:
         self.abort()
+
+
+def _withdraw(path: Path, *, keep: bool) -> None:
+    """Make a file that was renamed into place the temporary again, or remove it."""
+    try:
+        if keep:
+            path.replace(staging.staging_path(path))
+            return
+    except OSError:  # a disk that fails: what is gone is made again
+        pass
+    path.unlink(missing_ok=True)
+
+
+def _missing(root: Path, layouts: Mapping[str, FileLayout], *, resume: bool) -> int:
+    """Bytes of the disk that the files still need, beside what a former run's have already."""
+    staged = {staging.staging_path(root / name): x.size for name, x in layouts.items()}
+    there = {path: allocated(path.stat()) for path in staged if resume and path.exists()}
+    return sum(max(size - there.get(path, 0), 0) for path, size in staged.items())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sketchconv.formats.part import Data, allocate, as_bytes, os_failures, pwrite_all
+from sketchconv.formats.part import Data, allocate, as_bytes, feed, os_failures, pwrite_all
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,48 @@ class LaidFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class NotedFile(LaidFile):
+    """A file that knows the SHA-256 of what each of its tensors holds.
+
+    What the file has held up to its size stays, for `adopt`. Arguments and errors are those of
+    `LaidFile`.
+    """
+
+    def __init__(self, fd: int, path: Path, layout: FileLayout) -> None:
+        with os_failures(path, layout.size):
+            if os.fstat(fd).st_size > layout.size:
+                os.ftruncate(fd, layout.size)
+        super().__init__(fd, path, layout)
+        self._hashes = {name: hashlib.sha256() for name in layout.begin}
+
+    def adopt(self, name: str, digest: str) -> bool:
+        """Take a tensor that the file holds already, if its bytes have this digest.
+
+        Returns:
+            False, and nothing is changed, if they have another one.
+
+        Raises:
+            OutputFailure: the disk fails.
+        """
+        running = hashlib.sha256()
+        with os_failures(self.path):
+            feed(running, self._fd, self.layout.begin[name], self.layout.nbytes[name])
+        if running.hexdigest() != digest:
+            return False
+        self._hashes[name], self._written[name] = running, self.layout.nbytes[name]
+        return True
+
+    def forget(self, name: str) -> None:
+        """Let a tensor be written again from its start."""
+        self._hashes[name], self._written[name] = hashlib.sha256(), 0
+
+    def digest(self, name: str) -> str:
+        """The SHA-256 of what a tensor holds so far."""
+        return self._hashes[name].hexdigest()
+
+    def append(self, name: str, data: Data) -> None:
+        """Write the next bytes of a tensor. Raises as `LaidFile.append`."""
+        super().append(name, data)
+        self._hashes[name].update(as_bytes(data))

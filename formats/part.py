@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ import numpy.typing as npt
 from sketchconv.formats.digest import tensor_hash
 from sketchconv.formats.draft import Layout, Results
 from sketchconv.formats.errors import OutputFailure
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 Data = bytes | bytearray | memoryview | npt.NDArray[Any]
 _READ: Final = 1 << 22
@@ -46,14 +49,8 @@ class Part:
             OutputFailure: if the disk fails.
         """
         info, running = self.layout.infos[name], tensor_hash(self.layout.infos[name])
-        at, end = self.layout.begin[name], self.layout.begin[name] + info.nbytes
         with os_failures(self.path):
-            while at < end:
-                data = os.pread(self._fd, min(_READ, end - at), at)
-                if not data:
-                    return False
-                running.update(data)
-                at += len(data)
+            feed(running, self._fd, self.layout.begin[name], info.nbytes)
         if running.hexdigest() != digest:
             return False
         self._hashes[name], self._written[name] = running, info.nbytes
@@ -136,6 +133,21 @@ def as_bytes(data: Data) -> memoryview:
             raise ValueError(f"an array must be little-endian, got {data.dtype}")
         return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
     return memoryview(data).cast("B")
+
+
+def feed(running: _Hash, fd: int, begin: int, size: int) -> None:
+    """Add `size` bytes of a file to a digest, or fewer where the file ends before.
+
+    Raises:
+        OSError: as `os.pread`.
+    """
+    end = begin + size
+    while begin < end:
+        data = os.pread(fd, min(_READ, end - begin), begin)
+        if not data:
+            return
+        running.update(data)
+        begin += len(data)
 
 
 def pwrite_all(fd: int, view: memoryview, offset: int) -> None:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Protocol
 
 from sketchconv.formats import staging
+from sketchconv.formats.adopting import Adopting
 from sketchconv.formats.draft import Draft, Layout, Results, bundle_layout, bundle_size
 from sketchconv.formats.part import Data, Part, allocated, check_space, os_failures
 from sketchconv.formats.sharding import folder_files, folder_layouts, folder_sizes
@@ -42,18 +43,17 @@ class Writer(Protocol):
         """Remove the temporary; nothing is left."""
 
 
-class _Base:
+class _Base(Adopting):
     """The life of an output: open, append, then commit or abort.
 
     Attributes:
         path: of the output.
-        keep: leave the temporary where it is if the output is not finished.
     """
 
     _folder: bool
 
-    def __init__(self, path: str | os.PathLike[str], overwrite: bool) -> None:
-        self.keep = False
+    def __init__(self, path: str | os.PathLike[str], overwrite: bool, resume: bool) -> None:
+        super().__init__(keep=resume)
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 (Path.resolve would follow links)
         self._overwrite = overwrite
         self._parts: list[Part] = []
@@ -61,26 +61,9 @@ class _Base:
         self._lock = -1
         self._open = True
 
-    def adopt(self, digests: Mapping[str, str]) -> bool:
-        """Take stored tensors that a former run has written, if their bytes have these digests.
-
-        Returns:
-            False if one has not; what it holds is then to be written again.
-
-        Raises:
-            KeyError: if the draft has no such stored tensor.
-            OutputFailure: if the disk fails.
-        """
+    def _file_of(self, name: str) -> Part:
         self._check_open()
-        if all(self._owner[name].adopt(name, digest) for name, digest in digests.items()):
-            return True
-        for name in digests:
-            self._owner[name].forget(name)
-        return False
-
-    def digest(self, name: str) -> str:
-        """The digest of what a stored tensor holds so far."""
-        return self._owner[name].digest(name)
+        return self._owner[name]
 
     def append(self, name: str, data: Data) -> None:
         """Write the next bytes of a stored tensor.
@@ -182,7 +165,7 @@ class BundleWriter(_Base):
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
-        super().__init__(path, overwrite)
+        super().__init__(path, overwrite, resume)
         layout = bundle_layout(draft, files)
         staging.check_target(self.path, folder=False, overwrite=overwrite)
         fd = staging.open_file(self.path, keep=resume)
@@ -227,7 +210,7 @@ class FolderWriter(_Base):
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
-        super().__init__(path, overwrite)
+        super().__init__(path, overwrite, resume)
         layouts = folder_layouts(draft, max_shard_size)
         others = folder_files(files, layouts)
         staging.check_target(self.path, folder=True, overwrite=overwrite)

@@ -12,6 +12,7 @@ if not (_ROOT / "sketchconv" / "kernels").exists() and (_ROOT / "pyproject.toml"
 
 if TYPE_CHECKING:
     from sketchconv.export.dense import export_dense
+    from sketchconv.export.mlx import export_mlx
     from sketchconv.export.run import export_gguf
     from sketchconv.pipeline import convert
     from sketchconv.recipe import Recipe
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "export_dense",
     "export_gguf",
+    "export_mlx",
     "load",
     "load_tokenizer",
     "prepare_for_lut_training",
@@ -37,6 +39,7 @@ _LAZY = {
     "convert": "sketchconv.pipeline",
     "export_dense": "sketchconv.export.dense",
     "export_gguf": "sketchconv.export.run",
+    "export_mlx": "sketchconv.export.mlx",
     "load": "sketchconv.runtime.load",
     "load_tokenizer": "sketchconv.runtime.load",
     "prepare_for_lut_training": "sketchconv.tuning.prepare",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sketchconv.calibration.run import Calibrated, Tick, calibrate, torch_threads
 from sketchconv.calibration.state import forget, state_folder
-from sketchconv.errors import Suspended
+from sketchconv.errors import OutputError, Suspended
 from sketchconv.pipeline import write
 from sketchconv.worker import Progress, Worker
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from sketchconv.report import Report
 
 _DRAFT = "draft.sktch"
+_KEPT = (
+    "finished blocks are kept: run the same command again to go on, or with --no-resume to start "
+    "anew"
+)
 
 
 def run_calibrated(
@@ -39,18 +43,23 @@ def run_calibrated(
         progress: see `convert`; `done` counts weights, in recovery steps, in "write" tokens.
 
     Raises:
-        SketchconvError: as `convert`.
+        SketchconvError: as `convert`; an `OutputError` before the calibration where the disk is too
+            small for its result.
         Suspended: interrupted, with finished blocks on the disk.
     """
     if not resume:
         forget(job.output)
     try:
+        check_disk(job)
         return _run(job, started, threads, progress)
     except KeyboardInterrupt:
         if not state_folder(job.output).exists():
             raise
-        text = "finished blocks are kept: run the same command again to go on"
-        raise Suspended(f"{text}, or with --no-resume to start anew") from None
+        raise Suspended(_KEPT) from None
+    except OutputError as error:
+        if not state_folder(job.output).exists():
+            raise
+        raise OutputError(f"{error}; {_KEPT}") from error
 
 
 def _run(
@@ -70,6 +79,20 @@ def _run(
         work = write(Worker(job.renewed(), writer, threads, calibrated.weights()), progress)
     calibrated.state.remove()
     return work.report(time.perf_counter() - started, report)
+
+
+def check_disk(job: Job) -> None:
+    """Compare what the output and the blocks beside it will still take with the free disk.
+
+    Raises:
+        OutputError: with the bytes that are missing.
+    """
+    from sketchconv.formats.part import check_space
+
+    blocks = sum(r.index_info.nbytes + r.lut_info.nbytes for r in job.plan.sketches)
+    finished = state_folder(job.output).glob("block-*.safetensors")
+    there = sum(path.stat().st_size for path in finished)
+    check_space(job.output.absolute().parent, job.output_bytes + max(0, blocks - there), job.output)
 
 
 def _recover(

@@ -19,8 +19,8 @@ from sketchconv.errors import ResumeError
 from sketchconv.formats.part import os_failures
 
 if TYPE_CHECKING:
+    from sketchconv.formats.tensors import TensorInfo
     from sketchconv.job import Job
-    from sketchconv.plan import Plan
 
 SUFFIX = ".sktch-state"
 _MOST_BYTES = 1 << 28  # of a journal: 200,000 tensors with long names take a quarter of that
@@ -68,7 +68,7 @@ class Journal:
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
-        self.path = output.absolute().parent / f".{output.absolute().name}{SUFFIX}"
+        self.path = journal_path(output)
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self.finished: dict[str, Entry] = self._read() if resume else {}
         self._fd = -1
@@ -90,9 +90,8 @@ class Journal:
             write_all(self._fd, entry.to_line())
         self.finished[entry.name] = entry
 
-    def kept(self, plan: Plan) -> str:
-        """What was kept, and how to go on, in words."""
-        total = sum(step.action in ("sketch", "copy") for step in plan.steps)
+    def kept(self, total: int) -> str:
+        """What was kept of so many tensors, and how to go on, in words."""
         return (
             f"{len(self.finished)} of {total} tensors are finished and kept: run the same command "
             "again to go on, or with --no-resume to start anew"
@@ -152,6 +151,11 @@ class Journal:
             )
 
 
+def journal_path(output: Path) -> Path:
+    """Where the journal of an output lies, beside it."""
+    return output.absolute().parent / f".{output.absolute().name}{SUFFIX}"
+
+
 def write_all(fd: int, data: bytes) -> None:
     """Write all of it: on a full disk a call may take a part, and the next one then fails."""
     while data:
@@ -163,16 +167,21 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
 
     `--threads` and `--max-memory` are not in it: the bytes do not depend on them.
     """
-    infos = sorted((i.name, i.dtype, list(i.shape)) for i in job.source.infos.values())
     files = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(job.files.items())}
     return {
         "version": job.draft.tool,
         "options": dict(job.draft.recipe),
-        "source": {"tensors": _digest(infos), **job.draft.source},
+        "source": {"tensors": infos_digest(job.source.infos), **job.draft.source},
         "files": files,
         "form": {"bundle": job.bundle, "sizes": dict(job.sizes)},
     }
 
 
-def _digest(value: Any) -> str:
+def infos_digest(infos: Mapping[str, TensorInfo]) -> str:
+    """Digest of tensors' names, dtypes and shapes."""
+    return json_digest(sorted((i.name, i.dtype, list(i.shape)) for i in infos.values()))
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a value's JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,78 +1,103 @@
-"""What a worker takes from the journal of an interrupted run, and what it notes there."""
+"""What a job takes from the journal of an interrupted run, and what it notes there."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sketchconv.errors import ResumeError
 
 if TYPE_CHECKING:
-    from sketchconv.chunks import Chunk
-    from sketchconv.formats.writer import BundleWriter, FolderWriter
     from sketchconv.journal import Entry, Journal
     from sketchconv.plan import Step
 
+_SOURCE = "the source has"
+
+
+class Store(Protocol):
+    """A writer that knows the digests of its stored tensors."""
+
+    keep: bool
+
+    def adopt(self, digests: Mapping[str, str]) -> bool:
+        """Take stored tensors that a former run has written, if they have these digests."""
+
+    def digest(self, name: str) -> str:
+        """The digest of what a stored tensor holds so far."""
+
 
 class Noted:
-    """The finished steps of one job.
+    """The finished tensors of one job.
 
     Args:
         journal: where they are noted; None notes nothing.
-        writer: has their tensors.
+        writer: has them.
         output: that is being made, for messages.
+        origin: what their digests are of, and "has", for messages.
     """
 
     def __init__(
-        self, journal: Journal | None, writer: BundleWriter | FolderWriter, output: Path
+        self, journal: Journal | None, writer: Store, output: Path, origin: str = _SOURCE
     ) -> None:
-        self._journal = journal
-        self._writer = writer
-        self._output = output
-        self._entry: Entry | None = None
+        self._journal, self._writer = journal, writer
+        self._output, self._origin = output, origin
 
-    def takes(self, chunk: Chunk) -> bool:
-        """Whether a former run wrote the chunk's step, and its tensors are there as it did.
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is noted, so that no digests are needed."""
+        return self._journal is None
 
-        To be asked for every chunk, in order.
-        """
-        if chunk.begin == 0:
-            known = None if self._journal is None else self._journal.finished.get(chunk.step.name)
-            named = known is not None and set(known.stored) == set(_stored(chunk.step))
-            whole = known is not None and named and self._writer.adopt(known.stored)
-            self._entry = known if whole else None
-        return self._entry is not None
-
-    def squares(self, source: str) -> tuple[float, float]:
-        """Squared error and norm of the step that was taken.
+    def take(self, name: str, stored: Collection[str]) -> Entry | None:
+        """What a former run noted of a tensor, if the writer has what it stored of it.
 
         Args:
+            name: in the source.
+            stored: names of the stored tensors that it gives.
+        """
+        known = None if self._journal is None else self._journal.finished.get(name)
+        if known is None or set(known.stored) != set(stored):
+            return None
+        return known if self._writer.adopt(known.stored) else None
+
+    def check(self, entry: Entry, source: str) -> None:
+        """Compare what was taken with what it came from.
+
+        Args:
+            entry: from `take`.
             source: SHA-256 of its tensor in the source, as it is now.
 
         Raises:
             ResumeError: it was another one.
         """
-        if self._entry is None:
-            raise TypeError("no step was taken")
-        if source != self._entry.source:
+        if source != entry.source:
             raise ResumeError(
-                f"{self._entry.name}: the source has other values than when the conversion to "
+                f"{entry.name}: {self._origin} other values than when the conversion to "
                 f"{self._output} was interrupted; pass --no-resume to start anew"
             )
-        return self._entry.squares
 
-    def add(self, step: Step, source: str, squares: tuple[float, float]) -> None:
-        """Note a step that this run has done; the writer's temporary is then worth keeping."""
+    def add(
+        self,
+        name: str,
+        stored: Collection[str],
+        source: str,
+        squares: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        """Note a tensor that this run has done; the writer's temporary is then worth keeping.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
         if self._journal is None:
             return
         from sketchconv.journal import Entry
 
-        stored = {name: self._writer.digest(name) for name in _stored(step)}
-        self._journal.add(Entry(step.name, source, stored, squares))
+        digests = {name: self._writer.digest(name) for name in stored}
+        self._journal.add(Entry(name, source, digests, squares))
         self._writer.keep = True
 
 
-def _stored(step: Step) -> tuple[str, ...]:
-    """The stored tensors that a step writes."""
+def stored_names(step: Step) -> tuple[str, ...]:
+    """The stored tensors that a step of a conversion writes."""
     record = step.record
     return (step.name,) if record is None else (record.index_name, record.lut_name)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sketchconv.errors import OutputError, Suspended, WeightError
 from sketchconv.job import DEFAULT_SHARD_BYTES, Job, prepare
 from sketchconv.journal import Journal, fingerprint_of
+from sketchconv.keeping import keeping
 from sketchconv.recipe import Recipe
 from sketchconv.report import Report
 from sketchconv.worker import Progress, Worker
@@ -94,34 +93,12 @@ def run(
 
             return run_calibrated(job, started, threads=threads, resume=resume, progress=progress)
         journal = Journal(job.output, fingerprint_of(job), resume=resume)
-        with closing(journal):
-            work = _run_noted(job, journal, threads, progress)
-            journal.remove()
+        total = sum(step.action in ("sketch", "copy") for step in job.plan.steps)
+        with keeping(journal, total, lambda resumes: job.writer(resume=resumes)) as writer:
+            work = write(Worker(job, writer, threads, journal=journal), progress)
         return work.report(time.perf_counter() - started)
     finally:
         job.source.close()
-
-
-def _run_noted(
-    job: Job, journal: Journal, threads: int | None, progress: ProgressCallback | None
-) -> Worker:
-    """Do the work, and leave what was finished where an error does not forbid it."""
-    with job.writer(resume=journal.resumes) as writer:
-        writer.keep = journal.resumes
-        try:
-            return write(Worker(job, writer, threads, journal=journal), progress)
-        except WeightError:  # another attempt would end here again
-            writer.keep = False
-            journal.remove()
-            raise
-        except KeyboardInterrupt:
-            if not writer.keep:
-                raise
-            raise Suspended(journal.kept(job.plan)) from None
-        except OutputError as error:
-            if not writer.keep:
-                raise
-            raise OutputError(f"{error}; {journal.kept(job.plan)}") from error
 
 
 def write(work: Worker, progress: ProgressCallback | None) -> Worker:

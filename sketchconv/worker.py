@@ -14,7 +14,7 @@ from sketchconv.finite import check_finite, without_infinity
 from sketchconv.formats.manifest import SketchRecord
 from sketchconv.job import Job
 from sketchconv.memory import anonymous_bytes
-from sketchconv.noted import Noted
+from sketchconv.noted import Noted, stored_names
 from sketchconv.plan import Step
 from sketchconv.recipe import Recipe
 from sketchconv.report import Report, TensorResult, stored_parameters
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sketchconv.calibration.report import CalibrationReport
     from sketchconv.calibration.state import FinishedWeights
     from sketchconv.formats.writer import BundleWriter, FolderWriter
-    from sketchconv.journal import Journal
+    from sketchconv.journal import Entry, Journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,7 @@ class Worker:
         self.peak = anonymous_bytes()
         self._finished = finished
         self._noted = Noted(journal, writer, job.output)
+        self._entry: Entry | None = None
         self._method = _plain_method(job)
         self._ready = job.source if isinstance(job.source, ReadySource) else None
         self._tally = _Tally()
@@ -106,15 +107,16 @@ class Worker:
         yield Progress("reading", "read", 0, total)
         chunks = chain.from_iterable(row_chunks(step, self.job.budget) for step in steps)
         for chunk, raw in read_ahead(chunks, self._fetch):
-            adopted = self._noted.takes(chunk)
-            if adopted:
+            if chunk.begin == 0:
+                self._entry = self._noted.take(chunk.step.name, stored_names(chunk.step))
+            if self._entry is not None:
                 self._skip(chunk, raw)
             elif chunk.step.action == "sketch":
                 self._sketch(chunk, raw)
             else:
                 self._copy(chunk, raw)
             if chunk.last:
-                self._finish(chunk.step, adopted)
+                self._finish(chunk.step)
             done += chunk.weights
             self.peak = max(self.peak, anonymous_bytes())
             yield Progress(chunk.step.name, chunk.step.action, done, total)
@@ -207,13 +209,14 @@ class Worker:
         self._tally.squared_error += solved.squared_error.tolist()
         self._tally.squared_norm += solved.squared_norm.tolist()
 
-    def _finish(self, step: Step, adopted: bool) -> None:
+    def _finish(self, step: Step) -> None:
         source, sketched = self.digest.of(step.name), step.action == "sketch"
-        if adopted:
-            squares = self._noted.squares(source)
+        if self._entry is not None:
+            self._noted.check(self._entry, source)
+            squares = self._entry.squares
         else:
             squares = self._tally.sums() if sketched else (0.0, 0.0)
-            self._noted.add(step, source, squares)
+            self._noted.add(step.name, stored_names(step), source, squares)
         if sketched:
             self.results.append(_result(step, *squares))
 

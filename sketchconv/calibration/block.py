@@ -22,6 +22,7 @@ from sketchconv.calibration.taps import Tapped, run_tapped
 from sketchconv.errors import CalibrationError, SketchconvError, WeightError
 from sketchconv.formats.packing import unpack
 from sketchconv.kernels.cpu import LutRangeError, pack_rows
+from sketchconv.memory import give_back
 
 if TYPE_CHECKING:
     from sketchconv.calibration.methods import Method
@@ -85,8 +86,10 @@ def calibrate_block(
     for stage in in_passes(stages, {path: r.shape for path, r in work.targets.items()}):
         with same_routes(work.compressed, work.dense, stage):
             sums = _gather(work, stage, streams, needs_pairs=method.asymmetric)
+        give_back()
         for group in stage.groups:
             _solve_group(work, group, sums.get(group.linears[0]), weights, method, threads)
+        give_back()
         yield [path for group in stage.groups for path in group.linears]
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sketchconv.calibration.state import OWN_TEXT, check_folder, save_tensors
+from sketchconv.calibration.kept import kept_metadata, save_tensors
+from sketchconv.calibration.state import OWN_TEXT, check_folder
+from sketchconv.formats.part import os_failures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +47,7 @@ class OwnText:
 
         Raises:
             CalibrationError: the folder holds something else.
+            OutputError: the disk is full or fails.
         """
         key = self._key(asked)
         kept = self._kept(key)
@@ -52,7 +55,8 @@ class OwnText:
             return kept
         check_folder(self.folder)
         found = write(self._progress)
-        self.folder.mkdir(exist_ok=True)
+        with os_failures(self.folder):
+            self.folder.mkdir(exist_ok=True)
         save_tensors(self.folder / OWN_TEXT, {_NAME: found}, {_KEY: key})
         return found
 
@@ -64,11 +68,9 @@ class OwnText:
         from safetensors import safe_open
 
         path = self.folder / OWN_TEXT
-        if not path.exists():
+        if (kept_metadata(path) or {}).get(_KEY) != key:
             return None
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get(_KEY) != key:
-                return None
             windows: Tensor = file.get_tensor(_NAME)
             return windows
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sketchconv.calibration.options import Calibration
 from sketchconv.calibration.report import CalibrationReport, make_report
 from sketchconv.calibration.threads import torch_threads
-from sketchconv.memory import watched_peak
+from sketchconv.memory import give_back, give_back_at_once, watched_peak
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,6 +89,8 @@ def calibrate(
         raise TypeError("the job has no calibration")
     with torch.no_grad(), torch_threads(threads):
         setting = make_setting(job, job.calibration, recover, writing)
+        if job.max_memory is not None:
+            give_back_at_once()
         check_memory(setting, job.max_memory)
         rebuilt = recover if recover and by_blocks(job, setting) else 0
         state = CalibrationState(job.output, fingerprint(job, setting, rebuilt))
@@ -194,6 +196,7 @@ class _Run:
         for streams in (paired, *others):
             streams.advance(index, name, dense, work.compressed)
         weights.empty(name)
+        give_back()
 
     def _calibrate(
         self, work: BlockWork, streams: Streams, digest: str, others: Sequence[Streams]

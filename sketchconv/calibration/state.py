@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sketchconv.calibration.kept import (
+    UNFINISHED,
+    kept_metadata,
+    read_json,
+    save_tensors,
+    write_json,
+)
 from sketchconv.errors import CalibrationError
+from sketchconv.formats.part import os_failures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,24 +76,23 @@ class CalibrationState:
 
     Raises:
         CalibrationError: the folder holds the state of another calibration.
+        OutputError: the disk is full or fails.
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any]) -> None:
         self.folder = state_folder(output)
         self._fingerprint = json.loads(json.dumps(fingerprint))
+        self._results: dict[int, BlockResult | None] = {}
         file = self.folder / _FINGERPRINT
         check_folder(self.folder)
         if file.exists():
             self._compare(file)
-        self.folder.mkdir(exist_ok=True)
-        write_bytes(file, json.dumps(self._fingerprint, indent=1).encode())
+        with os_failures(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        write_json(file, self._fingerprint)
 
     def _compare(self, file: Path) -> None:
-        try:
-            found = json.loads(file.read_bytes())
-        except ValueError:
-            found = None
-        old = found if isinstance(found, dict) else {}
+        old = read_json(file) or {}
         keys = self._fingerprint.keys() | old.keys()
         other = [key for key in sorted(keys) if old.get(key) != self._fingerprint.get(key)]
         if other and any(self.folder.glob("block-*.safetensors")):
@@ -100,24 +106,30 @@ class CalibrationState:
         return self.folder / f"block-{block:05d}.safetensors"
 
     def done(self, block: int) -> bool:
-        """Whether a block is finished."""
-        return self.file(block).exists()
+        """Whether a block is finished; one whose file is damaged is not."""
+        if block not in self._results:
+            self._results[block] = _read_result(self.file(block))
+        return self._results[block] is not None
 
     def save(self, block: int, tensors: Mapping[str, Tensor], result: BlockResult) -> None:
-        """Keep a finished block: all of it, or nothing."""
+        """Keep a finished block: all of it, or nothing.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
         save_tensors(self.file(block), tensors, {_RESULTS: json.dumps(asdict(result))})
+        self._results[block] = result
 
     def result(self, block: int) -> BlockResult:
-        """What was kept of a finished block besides its weights."""
-        from safetensors import safe_open
+        """What was kept of a finished block besides its weights.
 
-        with safe_open(self.file(block), "pt") as file:
-            values = json.loads(file.metadata()[_RESULTS])
-        weights = tuple(
-            WeightResult(w["name"], w["error"], w["damping"], tuple(w["notes"]))
-            for w in values["weights"]
-        )
-        return BlockResult(values["digest"], weights, values["skipped"], values["rebuilt"])
+        Raises:
+            CalibrationError: it is not finished.
+        """
+        found = self._results[block] if self.done(block) else None
+        if found is None:
+            raise CalibrationError(f"{self.file(block)}: not a finished block; run it again")
+        return found
 
     def tensors(self, block: int, names: Iterable[str]) -> list[Tensor]:
         """Tensors of a finished block."""
@@ -129,6 +141,19 @@ class CalibrationState:
     def remove(self) -> None:
         """Forget everything: the output exists."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read_result(path: Path) -> BlockResult | None:
+    """What a block's file says of it; None if the file is missing or damaged."""
+    try:
+        values = json.loads((kept_metadata(path) or {})[_RESULTS])
+        weights = tuple(
+            WeightResult(w["name"], w["error"], w["damping"], tuple(w["notes"]))
+            for w in values["weights"]
+        )
+        return BlockResult(values["digest"], weights, values["skipped"], values["rebuilt"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
 
 
 def state_folder(output: Path) -> Path:
@@ -154,7 +179,7 @@ def check_folder(folder: Path) -> None:
         CalibrationError: it does.
     """
     ours = any((folder / name).exists() for name in (_FINGERPRINT, OWN_TEXT))
-    if not ours and folder.exists() and any(folder.iterdir()):
+    if not ours and folder.exists() and any(p.suffix != UNFINISHED for p in folder.iterdir()):
         raise CalibrationError(
             f"{folder}: in the way of this calibration's state; move or delete it"
         )
@@ -189,28 +214,3 @@ class FinishedWeights:
         with safe_open(self._files[name], "pt") as file:
             rows: Tensor = file.get_slice(name)[begin:end]
             return rows.contiguous()
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: all of it, or nothing."""
-    from safetensors.torch import save_file
-
-    unfinished = path.with_suffix(".unfinished")
-    save_file(dict(tensors), unfinished, metadata=dict(metadata))
-    _replace(unfinished, path)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file: all of it, or nothing."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(data)
-    _replace(unfinished, path)
-
-
-def _replace(unfinished: Path, path: Path) -> None:
-    descriptor = os.open(unfinished, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    unfinished.replace(path)

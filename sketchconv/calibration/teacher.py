@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sketchconv.calibration.kept import file_digest, read_json, sync, write_json
 from sketchconv.calibration.mapped import map_file, map_new
-from sketchconv.calibration.state import write_bytes
+from sketchconv.formats.part import os_failures
 
 _DTYPE = torch.bfloat16
 
@@ -31,11 +31,14 @@ class Teacher:
 
     @property
     def done(self) -> bool:
-        """Whether the file is complete and belongs to these windows."""
-        if not self._mark.exists():
+        """Whether the file is complete, undamaged, and belongs to these windows."""
+        mark = read_json(self._mark)
+        if mark is None or mark.get("windows") != self._digest:
             return False
-        mark = json.loads(self._mark.read_bytes())
-        return bool(mark.get("windows") == self._digest and self._file.exists())
+        try:
+            return bool(mark.get("content") == file_digest(self._file))
+        except OSError:
+            return False
 
     def write(self, begin: int, hidden: Tensor) -> None:
         """Keep the states ``[n, seq, hidden]`` of windows from `begin` on."""
@@ -45,14 +48,20 @@ class Teacher:
         self._values[begin : begin + len(hidden)] = hidden.to("cpu", _DTYPE)
 
     def finish(self) -> None:
-        """Mark the file as complete."""
+        """Mark the file as complete.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
         if self._values is not None:
             width = self._values.shape[-1]
             self._values = None
-            mark = json.dumps({"windows": self._digest, "width": width})
-            write_bytes(self._mark, mark.encode())
+            with os_failures(self._file):
+                sync(self._file)
+                content = file_digest(self._file)
+            write_json(self._mark, {"windows": self._digest, "width": width, "content": content})
 
     def hidden(self) -> Tensor:
         """All states, mapped from the file."""
-        width = int(json.loads(self._mark.read_bytes())["width"])
+        width = int((read_json(self._mark) or {})["width"])
         return map_file(self._file, (*self._windows, width), _DTYPE)

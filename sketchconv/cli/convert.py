@@ -12,7 +12,7 @@ import click
 from sketchconv.cli.export_options import (
     export_options,
     refuse_export_options,
-    write_dense,
+    write_folder,
     write_gguf,
 )
 from sketchconv.cli.options import SIZE
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 def command(src: str, out: str, **options: Any) -> None:
     """Compress the checkpoint SRC into the sketch OUT, or export SRC as GGUF.
 
-    SRC is a Hugging Face folder, a hub id (org/name) or a .gguf file, of a split one any part; or
+    SRC is a Hugging Face folder (weights in 8-bit floats with scales are read as what they stand
+    for), a hub id (org/name) or a .gguf file, of a split one any part; or
     a checkpoint that another project quantized (GPTQ, AWQ, bitsandbytes, LeanQuant, SketchTune,
     SqueezeLLM, Any-Precision LLM), whose indices and tables are taken over as they are. OUT is a
     path that ends in .sktch (one self-contained file) or a folder to make (Hugging Face layout).
@@ -63,25 +64,36 @@ def command(src: str, out: str, **options: Any) -> None:
     If OUT ends in .gguf, SRC is exported for llama.cpp; it may then be a sketch too. --type says
     how its matrices are stored; without it every value stays exact. With --calibration quantized
     types lose less: the columns that a text makes most use of count most. With --dense OUT becomes
-    a plain Hugging Face folder of the decoded weights.
+    a plain Hugging Face folder of the decoded weights. With --to mlx it is a folder for mlx-lm that
+    holds a sketch's weights exactly, or is refused. What was interrupted goes on.
 
     With --push-to the result is sent to a repository on the Hub, a private one if it is new; `push`
     has more options. The token is checked before the work begins.
     """
     _check_target(options)
-    if options["dense"] and out.lower().endswith((".gguf", ".sktch")):
-        raise click.UsageError("--dense makes a folder; name OUT without a suffix")
-    if options["base"] is not None and (options["dense"] or out.lower().endswith(".gguf")):
-        raise click.UsageError("--base goes with a sketch as OUT; export that sketch afterwards")
-    if options["dense"]:
-        write_dense(src, out, options)
+    _check_output(out, options)
+    if options["target"]:
+        write_folder(src, out, options)
     elif out.lower().endswith(".gguf"):
         write_gguf(src, out, options)
     else:
         refuse_export_options(options)
         _compress(src, out, options)
     if options["push_to"] and not options["dry_run"]:
-        _push(out, options)
+        _push(src, out, options)
+
+
+def _check_output(out: str, options: dict[str, Any]) -> None:
+    """Settle what OUT becomes: `target` is None for a sketch or GGUF, by its name."""
+    if options["dense"]:
+        if options["target"] == "mlx":
+            raise click.UsageError("--dense and --to mlx are two different folders; give one")
+        options["target"] = "safetensors"
+    flag = "--dense" if options["dense"] else f"--to {options['target']}"
+    if options["target"] and out.lower().endswith((".gguf", ".sktch")):
+        raise click.UsageError(f"{flag} makes a folder; name OUT without a suffix")
+    if options["base"] is not None and (options["target"] or out.lower().endswith(".gguf")):
+        raise click.UsageError("--base goes with a sketch as OUT; export that sketch afterwards")
 
 
 def _check_target(options: dict[str, Any]) -> None:
@@ -95,14 +107,19 @@ def _check_target(options: dict[str, Any]) -> None:
     check_target(options["push_to"])
 
 
-def _push(out: str, options: dict[str, Any]) -> None:
+def _push(src: str, out: str, options: dict[str, Any]) -> None:
     from sketchconv.cli.push import print_push, show_sending
     from sketchconv.errors import SketchconvError
+    from sketchconv.hub.origin import origin_of
     from sketchconv.hub.pushing import push
+    from sketchconv.hub.readme import CardOptions
 
     try:
         with show_sending(quiet=options["quiet"]) as progress:
-            report = push(_written(out), options["push_to"], progress=progress)
+            # Sketches and GGUF files say themselves where they come from, other folders do not.
+            base = origin_of(src, options["revision"]) if options["target"] else None
+            card = CardOptions(base_model=base)
+            report = push(_written(out), options["push_to"], card=card, progress=progress)
     except SketchconvError as error:
         text = f"{out} was written, but not published: {error}; `sketchconv push` sends it"
         raise click.ClickException(text) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sketchconv.cli.delta_options import force_option, json_option, print_rewritten
+from sketchconv.cli.delta_options import force_option, json_option, local, print_rewritten
 
 
 @click.command("apply")
@@ -24,5 +24,7 @@ def command(base: str, delta: str, out: str, *, dry_run: bool, force: bool, as_j
     from sketchconv.deltas import apply
 
     with show_bytes("applying") as progress:
-        result = apply(base, delta, out, force=force, dry_run=dry_run, progress=progress)
+        result = apply(
+            local(base), local(delta), out, force=force, dry_run=dry_run, progress=progress
+        )
     print_rewritten(result, as_json=as_json, title="Delta applied")

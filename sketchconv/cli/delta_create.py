@@ -10,6 +10,7 @@ from sketchconv.cli.delta_options import (
     coding_options,
     force_option,
     json_option,
+    local,
     print_summary,
     task_of,
 )
@@ -31,8 +32,8 @@ def command(base: str, tuned: str, out: str, **options: Any) -> None:
     from sketchconv.deltas import create
 
     summary = create(
-        base,
-        tuned,
+        local(base),
+        local(tuned),
         out,
         dtype=options["values"],
         mode=options["mode"],

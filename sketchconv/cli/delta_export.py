@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sketchconv.cli.delta_options import local
 from sketchconv.cli.options import SIZE
 
 if TYPE_CHECKING:
     from sketchconv.projection.adapter import AdapterReport
 
-_PATH = click.Path(exists=True, path_type=Path)
 _LORA = {"rank": "--rank", "min_energy": "--min-energy"}
 
 
 @click.command("export")
-@click.argument("delta", type=_PATH)
-@click.argument("base", type=_PATH)
+@click.argument("delta", type=click.Path())
+@click.argument("base", type=click.Path())
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--to",
@@ -43,10 +43,16 @@ _LORA = {"rank": "--rank", "min_energy": "--min-energy"}
 )
 @click.option("--max-memory", type=SIZE, help="gguf, safetensors: limit on anonymous memory.")
 @click.option("--threads", type=click.IntRange(1), help="Threads. [default: all cores]")
+@click.option(
+    "--resume/--no-resume",
+    default=None,
+    help="gguf, safetensors: go on with what an interrupted run left, or drop that. "
+    "[default: go on]",
+)
 @click.option("--force", is_flag=True, help="Replace an existing .gguf file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def command(delta: Path, base: Path, out: Path, **options: Any) -> None:
+def command(delta: str, base: str, out: Path, **options: Any) -> None:
     """Write DELTA, made for the sketch BASE, as OUT for other tools.
 
     gguf and safetensors are the merged model, exact. lora is an adapter of the dense model: a
@@ -58,14 +64,16 @@ def command(delta: Path, base: Path, out: Path, **options: Any) -> None:
         raise click.UsageError(f"{given[0]} goes with --to lora")
     if form == "lora" and options["max_memory"] is not None:
         raise click.UsageError("--max-memory goes with --to gguf and --to safetensors")
+    if form == "lora" and options["resume"] is not None:
+        raise click.UsageError("--resume goes with --to gguf and --to safetensors")
     if form == "gguf" and out.suffix.lower() != ".gguf":
         raise click.UsageError("--to gguf: OUT must end in .gguf")
     if options["force"] and out.suffix.lower() != ".gguf":
         raise click.UsageError("--force: a folder replaces nothing; name a new one")
     if form == "lora":
-        _adapter(delta, base, out, options)
+        _adapter(Path(local(delta)), Path(local(base)), out, options)
     else:
-        _merged(delta, base, out, options)
+        _merged(Path(local(delta)), Path(local(base)), out, options)
 
 
 def _merged(delta: Path, base: Path, out: Path, options: dict[str, Any]) -> None:
@@ -74,7 +82,8 @@ def _merged(delta: Path, base: Path, out: Path, options: dict[str, Any]) -> None
     from sketchconv.projection.export import export_gguf, export_safetensors
 
     kind = options["type_name"]
-    common = {"max_memory": options["max_memory"], "threads": options["threads"]}
+    common = {name: options[name] for name in ("max_memory", "threads")}
+    common["resume"] = options["resume"] is not False
     with show_progress(quiet=options["quiet"]) as progress:
         if options["form"] == "safetensors":
             report = export_safetensors(delta, base, out, kind, progress=progress, **common)

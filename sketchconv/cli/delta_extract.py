@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sketchconv.cli.delta_options import coding_options, force_option, json_option, task_of
+from sketchconv.cli.delta_options import coding_options, force_option, json_option, local, task_of
 from sketchconv.cli.options import SIZE
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from sketchconv.deltas import DeltaSummary
     from sketchconv.projection.report import ExtractReport
 
-_PATH = click.Path(exists=True, path_type=Path)
 _NORMS = {
     "equal": "the weights",
     "diagonal": "the weights, columns weighed by their inputs",
@@ -25,7 +24,7 @@ _NORMS = {
 
 
 @click.command("extract")
-@click.argument("base", type=_PATH)
+@click.argument("base", type=click.Path())
 @click.argument("tuned")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dense-base", metavar="SRC", help="The dense model that BASE was made from.")
@@ -57,7 +56,7 @@ _NORMS = {
 @force_option
 @json_option
 @click.option("--quiet", is_flag=True, help="No progress.")
-def command(base: Path, tuned: str, out: Path, **options: Any) -> None:
+def command(base: str, tuned: str, out: Path, **options: Any) -> None:
     """Make the delta OUT of BASE from TUNED, a full fine-tune or a merged LoRA.
 
     TUNED is a Hugging Face folder, a hub id or a .gguf file of the dense model that the sketch BASE
@@ -72,13 +71,14 @@ def command(base: Path, tuned: str, out: Path, **options: Any) -> None:
     from sketchconv.projection.extract import Extraction
 
     silence_transformers()
+    path = Path(local(base))
     task = {"name": model_name(tuned), "made_by": "extract", **task_of(options)}
     coding = {"dtype": options["values"], "mode": options["mode"], "span": options["span"]}
     with (
-        Extraction(base, tuned, options["dense_base"], _options(options)) as work,
+        Extraction(path, tuned, options["dense_base"], _options(options)) as work,
         show_progress(quiet=options["quiet"]) as progress,
     ):
-        made = create(base, work.luts(progress), out, **coding, task=task, force=options["force"])
+        made = create(path, work.luts(progress), out, **coding, task=task, force=options["force"])
         report = work.report()
     if options["as_json"]:
         click.echo(json.dumps({"delta": made.to_json(), **report.to_json()}, indent=2))

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from sketchconv.cli.delta_options import json_option, print_summary
+from sketchconv.cli.delta_options import json_option, local, print_summary
 
 
 @click.command("info")
@@ -17,9 +17,10 @@ def command(delta: str, *, base: str | None, as_json: bool) -> None:
     """Show what DELTA holds: mode, size, task, and the base that it is bound to."""
     from sketchconv.deltas import binding_of, info
 
-    summary = info(delta)
+    path = local(delta)
+    summary = info(path)
     if base is not None:
-        binding_of(delta).require(binding_of(base), delta, base)
+        binding_of(path).require(binding_of(local(base)), delta, base)
     if as_json:
         fits = {} if base is None else {"fits": base}
         click.echo(json.dumps({**summary.to_json(), **fits}, indent=2))

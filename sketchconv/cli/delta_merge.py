@@ -10,6 +10,7 @@ from sketchconv.cli.delta_options import (
     coding_options,
     force_option,
     json_option,
+    local,
     print_summary,
     task_of,
 )
@@ -50,9 +51,9 @@ def command(base: str, out: str, deltas: tuple[tuple[str, float], ...], **option
     from sketchconv.deltas import merge
 
     summary = merge(
-        deltas,
+        [(local(delta), weight) for delta, weight in deltas],
         out,
-        base,
+        local(base),
         dtype=options["values"],
         mode=options["mode"],
         span=options["span"],

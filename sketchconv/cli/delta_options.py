@@ -22,6 +22,17 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
 
 
+def local(model: str) -> str:
+    """The path of a sketch or delta that is given as a path or as a hub id.
+
+    Raises:
+        SourceError: there is none; HubError: the Hub refused.
+    """
+    from sketchconv.hub.fetching import fetch
+
+    return str(fetch(model))
+
+
 def coding_options(command: _F) -> _F:
     """How a delta is written, and what it is for."""
     for option in reversed(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sketchconv.cli.delta_options import force_option, json_option, print_rewritten
+from sketchconv.cli.delta_options import force_option, json_option, local, print_rewritten
 
 
 @click.command("revert")
@@ -32,8 +32,15 @@ def command(
     from sketchconv.cli.progress import show_bytes
     from sketchconv.deltas import revert
 
+    known = None if base is None else local(base)
     with show_bytes("reverting") as progress:
         result = revert(
-            tuned, delta, out, base=base, force=force, dry_run=dry_run, progress=progress
+            local(tuned),
+            local(delta),
+            out,
+            base=known,
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
         )
     print_rewritten(result, as_json=as_json, title="Delta reverted")

@@ -11,6 +11,7 @@ import click
 from sketchconv.cli.sketch_options import calibration_of, given_sketch_options
 
 if TYPE_CHECKING:
+    from sketchconv.export.folder import FolderJob
     from sketchconv.export.job import GgufJob
     from sketchconv.export.report import ExportReport
 
@@ -35,11 +36,19 @@ _OPTIONS: Final = (
         help="GGUF: how text is split, where it is not recognised.",
     ),
     click.option("--dense", is_flag=True, help="Decode SRC into a plain Hugging Face folder, OUT."),
+    click.option(
+        "--to",
+        "target",
+        type=click.Choice(["safetensors", "mlx"]),
+        help="OUT becomes a folder: safetensors is --dense; mlx is for mlx-lm, exact, of a sketch "
+        "made with --grid affine or symmetric.",
+    ),
     click.option("--name", "model_name", help="GGUF: the model's name. [default: the source's]"),
     click.option("--modelfile", is_flag=True, help="GGUF: write a Modelfile for Ollama beside it."),
 )
 # Options of compression that say which columns of a GGUF's quantized types matter.
 _CALIBRATED: Final = ("--calibration", "--tokens", "--seq-len", "--seed", "--device")
+_RESUMED: Final = ("--resume", "--no-resume")
 _NAMES: Final = {
     "type_name": "--type",
     "choices": "--type-for",
@@ -77,39 +86,52 @@ def _refuse_sketch_options(options: Mapping[str, Any], allowed: tuple[str, ...] 
         )
 
 
-def write_dense(src: str, out: str, options: Mapping[str, Any]) -> None:
-    """Export SRC as a plain Hugging Face folder, or print the plan of it.
+def write_folder(src: str, out: str, options: Mapping[str, Any]) -> None:
+    """Export SRC as a plain Hugging Face folder, or for mlx-lm, or print the plan of it.
 
     Raises:
         UsageError: an option of compression or of GGUF was given.
-        SketchconvError: as `prepare_dense` and `run_dense`.
+        SketchconvError: as `prepare_dense`, `prepare_mlx` and `run_folder`.
     """
-    _refuse_sketch_options(options)
-    refuse_export_options(options, allowed=("--type",))
+    mlx = options["target"] == "mlx"
+    _refuse_sketch_options(options, allowed=_RESUMED)
+    refuse_export_options(options, allowed=() if mlx else ("--type",))
     if options["force"]:
-        raise click.UsageError("--force: a dense export replaces nothing; name a new folder")
-    from sketchconv.cli.render_export import print_dense_plan, print_export_report
-    from sketchconv.export.dense import prepare_dense, run_dense
-    from sketchconv.job import DEFAULT_SHARD_BYTES
+        kind = "an MLX" if mlx else "a dense"
+        raise click.UsageError(f"--force: {kind} export replaces nothing; name a new folder")
+    from sketchconv.cli.render_export import print_export_report, print_folder_plan
+    from sketchconv.export.folder import run_folder
 
-    job = prepare_dense(
-        src,
-        out,
-        options["type_name"],
-        revision=options["revision"],
-        max_memory=options["max_memory"],
-        max_shard_size=options["max_shard_size"] or DEFAULT_SHARD_BYTES,
-        threads=options["threads"],
-    )
+    job = _folder_job(src, out, options)
     if options["dry_run"]:
         job.source.close()
-        print_dense_plan(job, as_json=options["as_json"])
+        print_folder_plan(job, as_json=options["as_json"])
         return
     from sketchconv.cli.progress import show_progress
 
     with show_progress(quiet=options["quiet"]) as progress:
-        report = run_dense(job, progress=progress)
-    print_export_report(report, "Dense model written", as_json=options["as_json"])
+        resume = options["resume"] is not False
+        report = run_folder(job, resume=resume, progress=progress)
+    title = "MLX model written" if mlx else "Dense model written"
+    print_export_report(report, title, as_json=options["as_json"])
+
+
+def _folder_job(src: str, out: str, options: Mapping[str, Any]) -> FolderJob:
+    from sketchconv.job import DEFAULT_SHARD_BYTES
+
+    settings = {
+        "revision": options["revision"],
+        "max_memory": options["max_memory"],
+        "max_shard_size": options["max_shard_size"] or DEFAULT_SHARD_BYTES,
+        "threads": options["threads"],
+    }
+    if options["target"] == "mlx":
+        from sketchconv.export.mlx import prepare_mlx
+
+        return prepare_mlx(src, out, **settings)
+    from sketchconv.export.dense import prepare_dense
+
+    return prepare_dense(src, out, options["type_name"], **settings)
 
 
 def write_gguf(src: str, out: str, options: Mapping[str, Any]) -> None:
@@ -119,7 +141,7 @@ def write_gguf(src: str, out: str, options: Mapping[str, Any]) -> None:
         UsageError: an option of compression was given.
         SketchconvError: as `prepare_gguf` and `run`.
     """
-    _refuse_sketch_options(options, allowed=_CALIBRATED)
+    _refuse_sketch_options(options, allowed=(*_CALIBRATED, *_RESUMED))
     from sketchconv.cli.render_export import print_export_plan, print_export_report
     from sketchconv.export.job import prepare_gguf
     from sketchconv.export.run import run
@@ -145,7 +167,8 @@ def write_gguf(src: str, out: str, options: Mapping[str, Any]) -> None:
     if job.calibration is not None:
         silence_transformers()
     with show_progress(quiet=options["quiet"]) as progress:
-        report = run(job, progress=progress)
+        resume = options["resume"] is not False
+        report = run(job, resume=resume, progress=progress)
     if options["modelfile"]:
         report = _with_modelfile(report, job, ends)
     print_export_report(report, "GGUF written", as_json=options["as_json"])

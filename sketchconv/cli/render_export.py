@@ -11,7 +11,7 @@ import click
 from sketchconv.cli.render import human_bytes, print_table
 
 if TYPE_CHECKING:
-    from sketchconv.export.dense import DenseJob
+    from sketchconv.export.folder import FolderJob
     from sketchconv.export.job import GgufJob
     from sketchconv.export.plan import ExportPlan
     from sketchconv.export.report import ExportReport
@@ -37,11 +37,8 @@ def print_export_plan(job: GgufJob, *, as_json: bool) -> None:
     print_table("Plan (nothing was written)", rows)
 
 
-def print_dense_plan(job: DenseJob, *, as_json: bool) -> None:
-    """What a dense export would write, and its exact size."""
-    types = Counter({info.dtype: 0 for info in job.infos})
-    for info in job.infos:
-        types[info.dtype] += info.count
+def print_folder_plan(job: FolderJob, *, as_json: bool) -> None:
+    """What an export to a folder would write, and its exact size."""
     if as_json:
         value = {
             "source": job.source.id,
@@ -49,7 +46,8 @@ def print_dense_plan(job: DenseJob, *, as_json: bool) -> None:
             "output_bytes": job.output_bytes,
             "files": job.sizes,
             "parameters": job.parameters,
-            "types": dict(types),
+            "types": dict(job.types),
+            "notes": list(job.notes),
         }
         click.echo(json.dumps(value, indent=2))
         return
@@ -57,7 +55,8 @@ def print_dense_plan(job: DenseJob, *, as_json: bool) -> None:
         ("source", f"{job.source.id} ({job.source.format}, {human_bytes(job.source.nbytes)})"),
         ("output", f"{job.output} ({len(job.sizes)} files)"),
         ("size", f"{job.output_bytes:,} bytes ({human_bytes(job.output_bytes)})"),
-        *((dtype, f"{count:,} values") for dtype, count in types.most_common()),
+        *((kind, f"{count:,} values") for kind, count in Counter(job.types).most_common()),
+        *(("note", note) for note in job.notes),
     ]
     print_table("Plan (nothing was written)", rows)
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from sketchconv.cli.delta_options import local
+
 if TYPE_CHECKING:
     from sketchconv.tuning.options import TuneOptions, Tuning
 
@@ -29,6 +31,11 @@ _OPTIONS: Final = (
         "--absolute-steps",
         is_flag=True,
         help="--learning-rate in units of the weights, as in the paper (1e-4 to 2e-6 there).",
+    ),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["adamw", "muon"]),
+        help="Muon keeps half the state of AdamW. [default: adamw]",
     ),
     click.option("--batch-size", type=_COUNT, help="Rows per forward pass. [default: 4]"),
     click.option(
@@ -83,7 +90,7 @@ def _tune_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("tune")
-@click.argument("base", type=_PATH)
+@click.argument("base", type=click.Path())
 @click.option("--data", type=_PATH, required=True, help=".txt, or .jsonl as told above.")
 @click.option("--output", "-o", type=_PATH, required=True, help="TASK.sktch, or a folder to make.")
 @click.option("--eval-data", type=_PATH, help="Held-out data. [default: a share of --data]")
@@ -95,7 +102,7 @@ def _tune_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--threads", type=_COUNT, help="CPU threads. [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def command(base: Path, data: Path, output: Path, **options: Any) -> None:
+def command(base: str, data: Path, output: Path, **options: Any) -> None:
     """Fine-tune the LUTs of the sketch BASE on a task, and write what changed as a delta.
 
     Indices, norms and biases stay; embeddings and heads too unless asked for. Lines of a .jsonl
@@ -122,7 +129,7 @@ def command(base: Path, data: Path, output: Path, **options: Any) -> None:
     silence_transformers()
     with show_tuning(quiet=options["quiet"] or not first_process()) as progress:
         result = tune(
-            base,
+            local(base),
             data,
             output,
             _chosen(options),

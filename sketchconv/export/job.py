@@ -12,9 +12,10 @@ from sketchconv.export.content import GgufContent
 from sketchconv.export.gguf_model import from_model
 from sketchconv.export.importance import calibration_keys, check_weighted
 from sketchconv.export.plan import ExportPlan
+from sketchconv.export.recall import half_published
 from sketchconv.export.recipe import ExportRecipe
 from sketchconv.export.reexport import from_gguf
-from sketchconv.export.rows import RowReader
+from sketchconv.export.rows import KEPT_BYTES, RowReader, SourceRows
 from sketchconv.formats.gguf_layout import part_layouts
 from sketchconv.formats.gguf_writer import GgufWriter
 from sketchconv.formats.laid_file import FileLayout
@@ -69,9 +70,10 @@ class GgufJob:
         """Exact bytes on disk of the finished output."""
         return sum(self.sizes.values())
 
-    def writer(self) -> GgufWriter:
-        """Open the output for writing, as temporaries beside it."""
-        return GgufWriter(self.output.absolute().parent, self.layouts, self.overwrite)
+    def writer(self, *, resume: bool = False) -> GgufWriter:
+        """Open the output for writing, as temporaries beside it; keep what is there to resume."""
+        folder = self.output.absolute().parent
+        return GgufWriter(folder, self.layouts, self.overwrite, resume)
 
 
 def prepare_gguf(
@@ -118,9 +120,13 @@ def prepare_gguf(
             check_weighted(content.plan, calibration)
             values.update(calibration_keys(calibration))
         layouts = part_layouts(output.name, values, infos, max_shard_size, content.alignment)
-        check_outputs(output.absolute().parent, layouts, reader.paths, force=force)
+        replaced = force or half_published(output, layouts)  # `recall` looks at what is there
+        check_outputs(output.absolute().parent, layouts, reader.paths, force=replaced)
         # After planning: what the libraries take is in use by now.
         budget = chunk_budget(max_memory)
+        if isinstance(reader, SourceRows):
+            kept = _kept_whole(content.plan, min(KEPT_BYTES, budget // 2))
+            reader.keep_bytes, budget = kept, budget - kept
     except BaseException:
         reader.close()
         raise
@@ -153,6 +159,12 @@ def _opened(
     except BaseException:
         src.close()
         raise
+
+
+def _kept_whole(plan: ExportPlan, most: int) -> int:
+    """Bytes of the largest transposed tensor that may be kept as a whole."""
+    sizes = [4 * step.parameters for step in plan.steps if step.change == "transpose"]
+    return max((size for size in sizes if size <= most), default=0)
 
 
 def check_outputs(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from sketchconv.export.metadata import provenance_keys, type_keys
 from sketchconv.export.plan import ExportPlan, ExportStep
 from sketchconv.export.planner import choose_type, is_matrix
 from sketchconv.export.recipe import AUTO, ExportRecipe
+from sketchconv.export.tasks import rows_digest
 from sketchconv.formats import gguf_values as v
 from sketchconv.formats.gguf_layout import GgufInfo
 from sketchconv.sources.base import Source
@@ -39,6 +42,11 @@ class BlockRows:
     def verbatim(self, step: ExportStep, begin: int, end: int) -> bytes:
         """Rows as the file has them."""
         return self.source.rows(step.name, begin, end)
+
+    def digest(self, step: ExportStep, *others: bytes) -> str:
+        """SHA-256 of the file's blocks of a tensor."""
+        info, read = self.source.tensors[step.name], partial(self.source.rows, step.name)
+        return rows_digest(read, math.prod(info.shape[:-1]), info.row_bytes, *others)
 
     @contextmanager
     def model(self, steps: Iterable[ExportStep]) -> Iterator[tuple[Source, Mapping[str, str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol
@@ -16,13 +16,18 @@ import numpy.typing as npt
 from sketchconv.errors import WeightError
 from sketchconv.export.encoders import ENCODERS
 from sketchconv.export.plan import ExportStep
-from sketchconv.export.pool import in_order
+from sketchconv.export.tasks import Piece, Task, rows_digest
 from sketchconv.sources.base import Source
+from sketchconv.sources.forms import Forms
+from sketchconv.sources.matrices import Matrices
+from sketchconv.sources.values import row_count
 
 Float32 = npt.NDArray[np.float32]
 # Working copies of a value while it is encoded: MXFP4's encoder compares it with 16 others.
 BYTES_PER_VALUE: Final = 96
 _SPAN: Final = 64
+# float32 bytes of a transposed tensor that is kept while its pieces are encoded.
+KEPT_BYTES: Final = 64 << 20
 # Values per piece at most.
 PIECE: Final = 1 << 20
 
@@ -41,6 +46,9 @@ class RowReader(Protocol):
     def verbatim(self, step: ExportStep, begin: int, end: int) -> bytes:
         """The same rows as the source has them; only where the step says so."""
 
+    def digest(self, step: ExportStep, *others: bytes) -> str:
+        """SHA-256 of all that the source has of a step, and of what else decides its bytes."""
+
     def model(
         self, steps: Iterable[ExportStep]
     ) -> AbstractContextManager[tuple[Source, Mapping[str, str]]]:
@@ -51,23 +59,31 @@ class RowReader(Protocol):
 
 
 class SourceRows:
-    """Rows of a Hugging Face checkpoint or a sketch, in GGUF's order."""
+    """Rows of a Hugging Face checkpoint or a sketch, in GGUF's order.
+
+    Attributes:
+        keep_bytes: float32 bytes of the largest transposed tensor that is kept as a whole; larger
+            ones are read once for each of their pieces.
+    """
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.id, self.format, self.nbytes = source.id, source.format, source.nbytes
         self.paths = source.paths
+        self.keep_bytes = KEPT_BYTES
         self._lock = threading.Lock()
         self._kept: tuple[str, Float32] | None = None
 
     def rows(self, step: ExportStep, begin: int, end: int) -> Float32:
-        """Rows of the output; a transposed tensor is read as a whole.
+        """Rows of the output; a transposed tensor is read as a whole, if it can be kept.
 
         Raises:
             SourceError: the file has become shorter.
         """
         if step.source is None:
             return np.asarray([step.values], np.float32)
+        if step.change == "transpose" and 4 * step.parameters > self.keep_bytes:
+            return Matrices(self.source, Forms()).columns(step.source, begin, end)
         if step.change == "transpose":
             whole = self._whole(step.source, step.info.shape[-1])
             return np.array(whole[:, begin:end].T, order="C")
@@ -93,6 +109,15 @@ class SourceRows:
         from sketchconv.export.shaped import packed_blocks
 
         return packed_blocks(self.source, step, begin, end)
+
+    def digest(self, step: ExportStep, *others: bytes) -> str:
+        """SHA-256 of the source's bytes of a step's tensor, or of the step's own values."""
+        if step.source is None:
+            return rows_digest(lambda *_: b"", 0, 0, repr(step.values).encode(), *others)
+        name, info = step.source, self.source.infos[step.source]
+        rows = row_count(info)
+        read = partial(self.source.rows, name)
+        return rows_digest(read, rows, info.nbytes // max(1, rows), *others)
 
     def model(
         self, steps: Iterable[ExportStep]
@@ -132,23 +157,14 @@ def rotary_order(rows: npt.NDArray[np.int64], head_rows: int) -> npt.NDArray[np.
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """The next bytes of one tensor of the output."""
-
-    step: ExportStep
-    values: int
-    data: bytes
-
-
-def encoded(
+def tasks(
     reader: RowReader,
     steps: Iterable[ExportStep],
     budget: int,
     threads: int,
     importance: Mapping[str, Float32] = MappingProxyType({}),
-) -> Iterator[Encoded]:
-    """The data of all tensors in order, in pieces of whole rows.
+) -> Iterator[Task]:
+    """The tensors of an export, to be written in pieces of whole rows.
 
     Args:
         reader: where rows come from; read by several threads at once.
@@ -156,36 +172,44 @@ def encoded(
         budget: bytes of working memory for the pieces that are in work together.
         threads: that read and encode. The bytes do not depend on it.
         importance: GGUF name -> importance of each column, float32 ``[columns]``.
-
-    Raises:
-        WeightError: a value is NaN or infinite, or beyond the type.
-        SourceError: the source cannot be read.
     """
     share = budget // (threads + 1)
-    spans = ((step, *span) for step in steps for span in _spans(step, share))
-    pieces = in_order(spans, lambda s: _encoded(reader, importance, *s), threads)
-    for (step, begin, end), data in pieces:
-        yield Encoded(step, (end - begin) * step.info.shape[-1], data)
+    for step in steps:
+        weights = importance.get(step.name)
+        others = () if weights is None else (np.ascontiguousarray(weights).tobytes(),)
+        yield Task(
+            name=step.name,
+            stored=(step.name,),
+            rows=step.rows,
+            columns=step.info.shape[-1],
+            step=_piece_rows(step, share),
+            value_bytes=BYTES_PER_VALUE,
+            encode=partial(_pieces, reader, weights, step),
+            digest=partial(reader.digest, step, *others),
+        )
 
 
-def _spans(step: ExportStep, budget: int) -> Iterator[tuple[int, int]]:
-    """Runs of rows by what the memory and the caches take."""
-    columns = step.info.shape[-1]
-    size = max(1, min(budget // BYTES_PER_VALUE, PIECE) // columns)
-    if size > _SPAN:
-        size -= size % _SPAN
-    return ((begin, min(begin + size, step.rows)) for begin in range(0, step.rows, size))
+def _piece_rows(step: ExportStep, budget: int) -> int:
+    """Rows of a piece by what the memory and the caches take."""
+    size = max(1, min(budget // BYTES_PER_VALUE, PIECE) // step.info.shape[-1])
+    return size - size % _SPAN if size > _SPAN else size
+
+
+def _pieces(
+    reader: RowReader, weights: Float32 | None, step: ExportStep, begin: int, end: int
+) -> tuple[Piece]:
+    return ((step.name, _encoded(reader, weights, step, begin, end)),)
 
 
 def _encoded(
-    reader: RowReader, importance: Mapping[str, Float32], step: ExportStep, begin: int, end: int
+    reader: RowReader, weights: Float32 | None, step: ExportStep, begin: int, end: int
 ) -> bytes:
+    """Rows [begin, end) of a step in its type. Raises WeightError or SourceError."""
     if step.verbatim:
         return reader.verbatim(step, begin, end)
     rows = np.ascontiguousarray(reader.rows(step, begin, end), np.float32)
     check_finite(step.source or step.name, rows, begin)
     try:
-        weights = importance.get(step.name)
         blocks: Any = ENCODERS[step.info.type.name].encode(rows, weights)
     except WeightError as error:
         raise WeightError(f"{step.source or step.name}: {error}") from None

@@ -5,19 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from sketchconv.export.fingerprints import gguf_fingerprint
 from sketchconv.export.importance import Vector, is_weighted, measure_importance, summary
 from sketchconv.export.job import GgufJob, prepare_gguf
+from sketchconv.export.recall import recall
 from sketchconv.export.recipe import ExportRecipe
 from sketchconv.export.report import ExportReport
-from sketchconv.export.rows import encoded
+from sketchconv.export.rows import tasks
+from sketchconv.export.tasks import write_tasks
 from sketchconv.formats.gguf_writer import GgufWriter
+from sketchconv.journal import Journal
+from sketchconv.keeping import keeping
 from sketchconv.memory import anonymous_bytes
+from sketchconv.noted import Noted
 from sketchconv.worker import Progress
 
 if TYPE_CHECKING:
     from sketchconv.calibration.options import Calibration
+
+_ORIGINS: Final = ("the source has", "the source, or what a text says of its columns, has")
 
 
 def export_gguf(
@@ -31,6 +39,7 @@ def export_gguf(
     threads: int | None = None,
     force: bool = False,
     calibration: Calibration | None = None,
+    resume: bool = True,
     progress: Callable[[Progress], None] | None = None,
 ) -> ExportReport:
     """Write a model as GGUF: `prepare_gguf`, then `run`; see there for arguments and errors."""
@@ -45,20 +54,38 @@ def export_gguf(
         force=force,
         calibration=calibration,
     )
-    return run(job, progress=progress)
+    return run(job, resume=resume, progress=progress)
 
 
-def run(job: GgufJob, *, progress: Callable[[Progress], None] | None = None) -> ExportReport:
+def run(
+    job: GgufJob,
+    *,
+    resume: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+) -> ExportReport:
     """Carry out a prepared export, and close its source.
 
+    Args:
+        job: see `prepare_gguf`.
+        resume: go on with what an interrupted run of the same export left; otherwise drop it.
+        progress: called after each piece, from the calling thread.
+
     Raises:
-        SketchconvError: one clear line; no output is left behind.
+        SketchconvError: one clear line; there is no output. Where that is not about a weight's own
+            values, finished tensors are kept beside it, and the next run goes on there. A
+            `ResumeError` if that was another export.
+        Suspended: interrupted, and finished tensors were kept.
     """
     started, peak = time.perf_counter(), 0
     try:
-        importance = _importance(job, progress)
-        with job.writer() as writer:
-            for event in _events(job, writer, importance):
+        journal = Journal(job.output, gguf_fingerprint(job), resume=resume)
+        recall(job, journal)
+        total = len(job.plan.steps)
+        with keeping(journal, total, lambda resumes: job.writer(resume=resumes)) as writer:
+            # The disk has been reserved by now: a text may take hours to be read.
+            importance = _importance(job, progress)
+            noted = Noted(journal, writer, job.output, _ORIGINS[job.calibration is not None])
+            for event in _events(job, writer, noted, importance):
                 peak = max(peak, anonymous_bytes())
                 if progress is not None:
                     progress(event)
@@ -102,11 +129,11 @@ def _importance(job: GgufJob, progress: Callable[[Progress], None] | None) -> Ma
 
 
 def _events(
-    job: GgufJob, writer: GgufWriter, importance: Mapping[str, Vector]
+    job: GgufJob, writer: GgufWriter, noted: Noted, importance: Mapping[str, Vector]
 ) -> Iterator[Progress]:
     total, done = job.plan.parameters, 0
     yield Progress("reading", "read", 0, total)
-    for piece in encoded(job.reader, job.plan.steps, job.budget, job.threads, importance):
-        writer.append(piece.step.name, piece.data)
-        done += piece.values
-        yield Progress(piece.step.name, "encode", done, total)
+    wanted = tasks(job.reader, job.plan.steps, job.budget, job.threads, importance)
+    for name, values in write_tasks(wanted, writer, noted, job.threads, job.budget):
+        done += values
+        yield Progress(name, "encode", done, total)

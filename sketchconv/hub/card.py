@@ -9,7 +9,7 @@ from sketchconv.hub.facts import Facts
 from sketchconv.hub.markdown import plain, table
 from sketchconv.hub.scores import score_lines
 
-_SINGLE: Final = {"folder": "model", "dense": "model"}
+_SINGLE: Final = {"folder": "model", "dense": "model", "mlx": "model"}
 _INSTALL: Final = "pip install sketchconv"
 EVALUATION: Final = "evaluation"
 FILES: Final = "files"
@@ -60,6 +60,8 @@ def _snippets(repo: str, facts: Facts) -> Iterable[tuple[str, str, list[str]]]:
         return _delta_snippets(place)
     if kind == "gguf":
         return _gguf_snippets(repo, facts.model.weights[0].name)
+    if kind == "mlx":
+        return _mlx_snippets(repo)
     if kind == "dense":
         return [
             ("transformers:", "python", _transformers(repo, facts)),
@@ -127,6 +129,21 @@ def _gguf_snippets(repo: str, file: str) -> list[tuple[str, str, list[str]]]:
         ("llama.cpp:", "sh", lines),
         ("transformers:", "python", python),
         (f"As a sketch (after `{_INSTALL}`):", "sh", sketch),
+    ]
+
+
+def _mlx_snippets(repo: str) -> list[tuple[str, str, list[str]]]:
+    python = [
+        "from mlx_lm import generate, load",
+        "",
+        f'model, tokenizer = load("{repo}")',
+        'print(generate(model, tokenizer, prompt="Once upon a time"))',
+    ]
+    prompt = '"Once upon a time"'
+    return [
+        ("MLX (after `pip install mlx-lm`):", "python", python),
+        ("The command line:", "sh", [f"mlx_lm.generate --model {repo} --prompt {prompt}"]),
+        ("As a server:", "sh", [f"mlx_lm.server --model {repo}"]),
     ]
 
 

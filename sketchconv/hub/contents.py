@@ -14,12 +14,17 @@ from sketchconv.formats.rules import ADAPTER_CONFIG, ADAPTER_NAME
 from sketchconv.formats.sharding import INDEX_NAME
 from sketchconv.hub.outgoing import Outgoing
 from sketchconv.hub.secrets import find_secret
-from sketchconv.sources.config import parse_json, strip_remote_code
+from sketchconv.sources.config import (
+    MAX_CONFIG_BYTES,
+    parse_json,
+    read_limited,
+    strip_remote_code,
+)
 from sketchconv.sources.files import collect_files, is_side_file
 from sketchconv.sources.folder import ModelFolder
 from sketchconv.summary import is_sketch
 
-Kind = Literal["bundle", "folder", "delta", "gguf", "dense"]
+Kind = Literal["bundle", "folder", "delta", "gguf", "dense", "mlx"]
 _NAME: Final = re.compile(r"[A-Za-z0-9_][\w.-]{0,200}", re.ASCII)
 _SPLIT: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _LICENCE: Final = ("LICENSE", "LICENCE", "NOTICE")
@@ -60,8 +65,8 @@ def find_model(path: Path, token: str | None = None) -> Model:
     """Recognise a model, read its headers, and decide what of it may leave.
 
     Args:
-        path: a `.sktch` file, a sketch, delta or dense folder, or a `.gguf` file; one part of a
-            split GGUF stands for all of them.
+        path: a `.sktch` file, a folder of a sketch, a delta, a dense or an MLX model, or a `.gguf`
+            file; one part of a split GGUF stands for all of them.
         token: the access token in use; a text that holds it is refused.
 
     Raises:
@@ -117,8 +122,15 @@ def _folder(path: Path) -> Model:
         return _in_folder("delta", folder, path, weights, sides)
     if not folder.has("config.json"):
         raise HubError(f"{path}: no config.json and no {ADAPTER_NAME}, so neither model nor delta")
-    kind: Kind = "folder" if is_sketch(path) else "dense"
+    kind: Kind = "folder" if is_sketch(path) else "mlx" if _is_mlx(folder) else "dense"
     return _in_folder(kind, folder, path, _folder_weights(path), collect_files(folder))
+
+
+def _is_mlx(folder: ModelFolder) -> bool:
+    """Whether the config is one of a model in MLX's affine mode."""
+    config = parse_json(read_limited(folder.path("config.json"), MAX_CONFIG_BYTES), folder.id)
+    found = config.get("quantization") if isinstance(config, dict) else None
+    return isinstance(found, dict) and found.get("mode") == "affine"
 
 
 def _folder_weights(path: Path) -> list[Outgoing]:

@@ -51,6 +51,7 @@ def facts_of(model: Model) -> Facts:
         "delta": _delta,
         "gguf": _gguf,
         "dense": _dense,
+        "mlx": _mlx,
     }[model.kind](model)
 
 
@@ -62,9 +63,11 @@ def check_digests(models: Sequence[Model]) -> None:
     """
     from sketchconv.verify import verify
 
-    recorded = [model for model in models if model.kind not in ("gguf", "dense")]
+    recorded = [model for model in models if model.kind not in ("gguf", "dense", "mlx")]
     if not recorded:
-        raise HubError("GGUF files and dense folders record no digests: nothing can be verified")
+        raise HubError(
+            "GGUF files, dense and MLX folders record no digests: nothing can be verified"
+        )
     for model in recorded:
         findings = verify(model.path).findings
         if findings:
@@ -159,11 +162,8 @@ def _gguf(model: Model) -> Facts:
 def _dense(model: Model) -> Facts:
     from sketchconv.export.metadata import read_card
 
-    summary = summarise(model.path)
-    files = {file.name: file.data for file in model.others}
-    raw = files.get("config.json", b"{}")
-    config = json.loads(raw) if isinstance(raw, bytes) else {}
-    method = config.get("quantization_config", {}).get("quantwords.method") if config else None
+    summary, config = summarise(model.path), _config(model)
+    method = (config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
         raise HubError(f"{model.path}: quantized by {method!r}, not a model that was made here")
     types: Counter[str] = Counter()
@@ -184,3 +184,35 @@ def _dense(model: Model) -> Facts:
         task=words.task_of(config, model),
         tags=("sketchconv",),
     )
+
+
+def _mlx(model: Model) -> Facts:
+    """An MLX folder: each module's words, scales and biases are one weight."""
+    config, rows = _config(model), summarise(model.path).rows
+    usual = config["quantization"]
+    scales = {r.name.removesuffix(".scales"): r for r in rows if r.name.endswith(".scales")}
+    types: Counter[str] = Counter()
+    for row in rows:
+        stem, _, leaf = row.name.rpartition(".")
+        if stem not in scales or leaf not in ("weight", "scales", "biases"):
+            types[row.dtype] += row.parameters
+        elif leaf == "weight":
+            own = usual.get(stem) or usual
+            count = scales[stem].parameters * int(own["group_size"])
+            types[f"{own['bits']} bits in groups of {own['group_size']}"] += count
+    return Facts(
+        model,
+        (
+            ("Method", "MLX, affine mode: the weights of a sketch, to the last bit"),
+            ("Types", words.shares(types)),
+            *words.figures(model, sum(types.values())),
+        ),
+        task=words.task_of(config, model),
+        tags=("mlx", "sketchconv", f"{usual['bits']}-bit"),
+    )
+
+
+def _config(model: Model) -> dict[str, Any]:
+    raw = next((file.data for file in model.others if file.name == "config.json"), b"{}")
+    config = json.loads(raw) if isinstance(raw, bytes) else {}
+    return config if isinstance(config, dict) else {}

@@ -24,8 +24,8 @@ def card_metadata(
 
     `library_name` is what the Hub's "use this model" button names: `transformers` where plain
     `from_pretrained` opens the repository (a folder; `import sketchconv` registers its method),
-    `sketchconv` where only our loader does (a `.sktch` file, a delta), and none for GGUF files
-    alone, which the Hub recognises.
+    `mlx` for a folder of mlx-lm, `sketchconv` where only our loader does (a `.sktch` file, a
+    delta), and none for GGUF files alone, which the Hub recognises.
 
     Args:
         models: everything that is sent.
@@ -42,6 +42,8 @@ def card_metadata(
         values["base_model_relation"] = "adapter" if adapters else "quantized"
     if kinds & {"folder", "dense"}:
         values["library_name"] = "transformers"
+    elif "mlx" in kinds:
+        values["library_name"] = "mlx"
     elif kinds - {"gguf"}:
         values["library_name"] = "sketchconv"
     task = next((f.task for f in models if f.task), None) or (base_card or {}).get("pipeline_tag")

@@ -24,6 +24,7 @@ def export_safetensors(
     *,
     max_memory: int | None = None,
     threads: int | None = None,
+    resume: bool = True,
     progress: ProgressCallback | None = None,
 ) -> ExportReport:
     """Write the tuned model as a plain Hugging Face folder, bit-exact, without a file in between.
@@ -34,17 +35,19 @@ def export_safetensors(
         dtype: F32, F16 or BF16 for all tensors; None: as in the dense model.
         max_memory: limit on the process's anonymous memory in bytes.
         threads: that decode; all cores by default.
+        resume: go on with what an interrupted run of the same export left; otherwise drop it.
         progress: called after each chunk.
 
     Raises:
         DeltaError: the delta was not made for this base.
-        SketchconvError: as `export.dense.prepare_dense`; no output is left behind.
+        SketchconvError: as `export.dense.prepare_dense` and `export.folder.run_folder`.
     """
-    from sketchconv.export.dense import prepare_dense, run_dense
+    from sketchconv.export.dense import prepare_dense
+    from sketchconv.export.folder import run_folder
 
     with overlaid(Path(delta), Path(base)) as source:
         job = prepare_dense(source, out, dtype, max_memory=max_memory, threads=threads)
-        return run_dense(job, progress=progress)
+        return run_folder(job, resume=resume, progress=progress)
 
 
 def export_gguf(
@@ -56,6 +59,7 @@ def export_gguf(
     max_memory: int | None = None,
     threads: int | None = None,
     force: bool = False,
+    resume: bool = True,
     progress: ProgressCallback | None = None,
 ) -> ExportReport:
     """Write the tuned model as GGUF, exact unless the recipe asks for a type.
@@ -64,15 +68,16 @@ def export_gguf(
         delta, base: paths of both.
         out: a path that ends in `.gguf`.
         recipe, max_memory, threads, force: as `export.job.prepare_gguf` takes them.
+        resume: go on with what an interrupted run of the same export left; otherwise drop it.
         progress: called after each chunk.
 
     Raises:
         DeltaError: the delta was not made for this base.
-        SketchconvError: as `prepare_gguf`; no output is left behind.
+        SketchconvError: as `prepare_gguf` and `export.run.run`.
     """
     from sketchconv.export.job import prepare_gguf
     from sketchconv.export.run import run
 
     with overlaid(Path(delta), Path(base)) as source:
         job = prepare_gguf(source, out, recipe, max_memory=max_memory, threads=threads, force=force)
-        return run(job, progress=progress)
+        return run(job, resume=resume, progress=progress)

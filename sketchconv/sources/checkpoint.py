@@ -53,10 +53,7 @@ class CheckpointSource:
         self._tensors: dict[str, tuple[Container, TensorInfo]] = {}
         try:
             self._open_shards()
-            refuse_quantized_names(list(self._tensors), self.id)
-            self._infos = {
-                name: stored_info(info, self.id) for name, (_, info) in self._tensors.items()
-            }
+            self._infos = self._stored_infos()
         except BaseException:
             self.close()
             raise
@@ -69,7 +66,15 @@ class CheckpointSource:
             find_shards(self._folder)
             raise SourceError(f"{self.id}: no config.json; download it from the model's page")
         data = read_limited(self._folder.path("config.json"), MAX_CONFIG_BYTES)
-        return parse_config(data, f"{self.id}/config.json")
+        return self._parse(data, f"{self.id}/config.json")
+
+    def _parse(self, data: bytes, where: str) -> dict[str, Any]:
+        return parse_config(data, where)
+
+    def _stored_infos(self) -> dict[str, TensorInfo]:
+        """Every tensor as a copy of it is stored."""
+        refuse_quantized_names(list(self._tensors), self.id)
+        return {n: stored_info(info, self.id) for n, (_, info) in self._tensors.items()}
 
     def _open_shards(self) -> None:
         for shard, expected in find_shards(self._folder).items():

@@ -42,7 +42,11 @@ def parse_config(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         SourceError: not a JSON object, or the checkpoint is already quantized.
     """
-    config = parse_json(data, where)
+    return checked_config(parse_json(data, where), where)
+
+
+def checked_config(config: Any, where: str) -> dict[str, Any]:
+    """As `parse_config`, of a value that has been parsed."""
     if not isinstance(config, dict):
         raise SourceError(f"{where}: expected a JSON object, found {type(config).__name__}")
     refuse_quantized(config, where)
@@ -80,7 +84,10 @@ def refuse_quantized(config: dict[str, Any], where: str) -> None:
             found = part.get(key)
             if found is None:
                 continue
-            method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+            method = found if not isinstance(found, dict) else found.get("quant_method")
+            if method is None:
+                # MLX names no method, only its mode.
+                method = "mlx" if "mode" in found else "unknown"
             raise SourceError(f"{where}: {_already_quantized(str(method), key)}")
 
 

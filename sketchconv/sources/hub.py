@@ -19,6 +19,7 @@ from sketchconv.sources.config import (
     read_limited,
 )
 from sketchconv.sources.files import is_side_file
+from sketchconv.sources.fp8_scheme import FP8_METHODS, split_config
 from sketchconv.sources.shards import INDEX, MAX_INDEX_BYTES, SINGLE, parse_weight_map
 from sketchconv.sources.sniff import refuse_pickles
 
@@ -72,7 +73,10 @@ def _download(repo: str, revision: str | None) -> Snapshot:
         # What no importer knows is refused before its shards are downloaded.
         config = hf_hub_download(repo, "config.json", revision=commit)
         data = read_limited(Path(config), MAX_CONFIG_BYTES)
-        if quantized_by(data) not in IMPORTED_METHODS:
+        method = quantized_by(data)
+        if method in FP8_METHODS:
+            split_config(data, f"{repo}/config.json")
+        elif method not in IMPORTED_METHODS:
             parse_config(data, f"{repo}/config.json")
     if SINGLE in listed:
         names.append(SINGLE)

@@ -61,7 +61,7 @@ class Matrices:
             SourceError: no such tensor or rows.
         """
         if name in self.forms.transposed:
-            return self._columns(name, begin, end).tobytes()
+            return self.columns(name, begin, end).tobytes()
         member = self._members.get(name)
         if member is None:
             return self.source.rows(name, begin, end)
@@ -69,7 +69,7 @@ class Matrices:
         whole = self.source.float32(tensor, self.source.rows(tensor, number, number + 1))
         return whole[0, begin:end].tobytes()
 
-    def _columns(self, name: str, begin: int, end: int) -> Float32:
+    def columns(self, name: str, begin: int, end: int) -> Float32:
         """Columns [begin, end) of the source's ``[in, out]``, as rows."""
         info = self.source.infos[name]
         height, width = info.shape

@@ -108,8 +108,12 @@ def _open_folder(
     """A dense checkpoint, or one that another project quantized and an importer knows."""
     from sketchconv.importers.base import ImportOptions
     from sketchconv.importers.open import open_import, refuse_unneeded, says_quantized
+    from sketchconv.sources.fp8 import Fp8Checkpoint, says_fp8
 
     options = imports or ImportOptions()
+    if says_fp8(path):
+        refuse_unneeded(options, id or path.name)
+        return Fp8Checkpoint(path, id=id, revision=revision)
     if options.base is not None or says_quantized(path):
         found = open_import(path, options, id=id, revision=revision)
         if found is not None:

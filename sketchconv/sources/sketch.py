@@ -125,6 +125,12 @@ class SketchSource:
         except KeyError:
             raise SourceError(f"{self.id}: no tensor {name!r}") from None
 
+    def tables(self, name: str, begin: int, end: int) -> npt.NDArray[Any]:
+        """LUTs, or scales of a grid, of rows [begin, end) of a sketch: ``[rows, G, entries]``."""
+        info = self._records[name].lut_info
+        data = np.frombuffer(self._read(info, begin, end), DTYPES[info.dtype].numpy)
+        return data.reshape(end - begin, *info.shape[1:])
+
     def float32(self, name: str, raw: bytes) -> Float32:
         """The values of `raw`: decoded for a sketch, exact in every case but F64."""
         record = self._records.get(name)

@@ -19,7 +19,7 @@ def stored_info(info: TensorInfo, where: str) -> TensorInfo:
     """The tensor as a copy of it is stored: F64 as F32, all else as it is.
 
     Raises:
-        SourceError: fp8, fp4 or complex values, which are not supported.
+        SourceError: complex values, and 8-bit and smaller floats: alone they are no values.
     """
     if info.dtype == "F64":
         return TensorInfo(info.name, "F32", info.shape)
@@ -27,8 +27,9 @@ def stored_info(info: TensorInfo, where: str) -> TensorInfo:
         return info
     if info.dtype.startswith(("F8", "F6", "F4", "E8M0")):
         raise SourceError(
-            f"{where}: tensor {info.name!r} is {info.dtype}; fp8 and smaller checkpoints are not"
-            " supported yet, convert the bf16 checkpoint of this model instead"
+            f"{where}: tensor {info.name!r} is {info.dtype}; of such small floats only F8_E4M3 with"
+            " scales that config.json tells of is read, convert the bf16 checkpoint of this model"
+            " instead"
         )
     raise SourceError(f"{where}: tensor {info.name!r} has the unsupported dtype {info.dtype}")
 

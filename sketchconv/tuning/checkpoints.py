@@ -1,4 +1,4 @@
-"""Checkpoints of a LUT training: masters, Adam's state, schedule and random numbers, no pickle.
+"""Checkpoints of a LUT training: masters, optimizer, schedule and random numbers, no pickle.
 
 A checkpoint folder holds `luts.safetensors`, `optimizer.safetensors` (with the schedule as JSON in
 its metadata), `random.safetensors` for each process, and transformers' `trainer_state.json`.
@@ -21,7 +21,6 @@ from sketchconv.tuning.masters import Master
 
 LUTS = "luts.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 def save_masters(folder: Path, masters: Sequence[Master]) -> None:
@@ -49,39 +48,53 @@ def load_masters(folder: Path, masters: Sequence[Master]) -> None:
 def save_optimizer(
     folder: Path, optimizer: Any, schedule: Mapping[str, Any], names: Sequence[str]
 ) -> None:
-    """Write Adam's averages by weight name, and the state of the learning rate."""
+    """Write the optimizer's tensors by weight name, and the state of the learning rate."""
     state = optimizer.state_dict()["state"]
     tensors = {
-        f"{name}:{key}": state[number][key].detach().cpu().contiguous()
+        f"{name}:{key}": value.detach().cpu().contiguous()
         for number, name in enumerate(names)
-        if number in state
-        for key in _STATE
+        for key, value in state.get(number, {}).items()
     }
     rates = [group["lr"] for group in optimizer.param_groups]
-    _write(folder / OPTIMIZER, tensors, {"schedule": json.dumps(dict(schedule)), "lr": repr(rates)})
+    facts = {
+        "schedule": json.dumps(dict(schedule)),
+        "lr": repr(rates),
+        "optimizer": _kind(optimizer),
+    }
+    _write(folder / OPTIMIZER, tensors, facts)
 
 
 def load_optimizer(folder: Path, optimizer: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Read Adam's averages into `optimizer`; returns the state of the schedule.
+    """Read the tensors into `optimizer`; returns the state of the schedule.
 
     Raises:
-        TuningError: the checkpoint is damaged.
+        TuningError: the checkpoint is damaged, or is one of another optimizer or sketch.
     """
     path = folder / OPTIMIZER
     tensors = _read(path)
     whole = optimizer.state_dict()
-    whole["state"] = {
-        number: {key: tensors[f"{name}:{key}"] for key in _STATE}
-        for number, name in enumerate(names)
-        if f"{name}:step" in tensors
-    }
+    numbers = {name: number for number, name in enumerate(names)}
+    whole["state"] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(":")
+        whole["state"].setdefault(numbers[name], {})[part] = tensor
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
+    if metadata.get("optimizer") != _kind(optimizer):
+        raise TuningError(
+            f"{path} is of {metadata.get('optimizer')}, this training has {_kind(optimizer)}; give "
+            "the same optimizer, or start anew with --force"
+        )
     for group, rate in zip(whole["param_groups"], json.loads(metadata["lr"]), strict=True):
         group["lr"] = rate
     optimizer.load_state_dict(whole)
     schedule: dict[str, Any] = json.loads(metadata["schedule"])
     return schedule
+
+
+def _kind(optimizer: Any) -> str:
+    """The class of an optimizer, of one that accelerate has wrapped too."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
 
 def save_random(folder: Path, process: int) -> None:

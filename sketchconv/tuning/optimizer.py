@@ -1,16 +1,26 @@
-"""AdamW whose steps are counted in units of the LUT that they change."""
+"""The optimizers of LUTs, and AdamW with steps in units of the LUT that they change."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import AdamW
 
+from sketchconv.errors import TuningError
+from sketchconv.tuning.guard import finite
 from sketchconv.tuning.masters import Master, training_of
+from sketchconv.tuning.muon import LutMuon
 
+OptimizerName = Literal["adamw", "muon"]
+OPTIMIZERS = ("adamw", "muon")
+# Neither is better for all lengths. SmolLM2, 4 bits, G = 4, steps of 512 tokens of WikiText-2, test
+# (held-out) perplexity: 16 steps 24.54 (41.68) with AdamW and 24.25 (40.98) with Muon, 32 steps
+# 22.83 (35.67) and 23.03 (35.25), at 4e-3 and 5e-3. LoRA with as many values: 23.75 (39.70) and
+# 22.17 (34.01).
+DEFAULT_OPTIMIZER: OptimizerName = "adamw"
 BETAS = (0.9, 0.999)
 # Below all gradients: means over a bucket are about 3e-5 in SmolLM2, 0.02 % of them below 1e-8,
 # and the larger the model and the step, the smaller they are.
@@ -44,7 +54,7 @@ class LutAdamW(AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; nothing but `broken` changes where a gradient is not finite."""
         parameters = self.param_groups[0]["params"]
-        if not self._finite(parameters):
+        if not finite(parameters):
             self.broken = True
             return None
         if not self.relative:
@@ -57,18 +67,33 @@ class LutAdamW(AdamW):
             moved.add_(former)
         return loss
 
-    @staticmethod
-    def _finite(parameters: Sequence[nn.Parameter]) -> bool:
-        sums = [p.grad.sum() for p in parameters if p.grad is not None]
-        return not sums or bool(torch.isfinite(torch.stack([s.cpu() for s in sums])).all())
+
+LutOptimizer = LutAdamW | LutMuon
 
 
 def lut_optimizer(
-    model: nn.Module, learning_rate: float, *, relative: bool = True, **options: Any
-) -> LutAdamW:
+    model: nn.Module,
+    learning_rate: float,
+    *,
+    optimizer: OptimizerName = DEFAULT_OPTIMIZER,
+    relative: bool = True,
+    **options: Any,
+) -> LutOptimizer:
     """The optimizer of a prepared model, for `Trainer(..., optimizers=(lut_optimizer(m), None))`.
 
+    Args:
+        model: from `prepare_for_lut_training`.
+        learning_rate: see `LutMuon` and `LutAdamW`.
+        optimizer: "adamw" or "muon".
+        relative: steps as shares of the base's LUT entries, or in units of the weights.
+        options: `momentum` of Muon, `betas` and `eps` of AdamW, `weight_decay` of both.
+
     Raises:
-        TuningError: the model was not prepared.
+        TuningError: the model was not prepared, or there is no such optimizer.
     """
-    return LutAdamW(training_of(model).masters, learning_rate, relative=relative, **options)
+    masters = training_of(model).masters
+    if optimizer == "muon":
+        return LutMuon(masters, learning_rate, relative=relative, **options)
+    if optimizer == "adamw":
+        return LutAdamW(masters, learning_rate, relative=relative, **options)
+    raise TuningError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")

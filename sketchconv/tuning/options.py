@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sketchconv.errors import TuningError
-from sketchconv.tuning.optimizer import EPSILON
+from sketchconv.tuning.optimizer import DEFAULT_OPTIMIZER, EPSILON, OPTIMIZERS, OptimizerName
 from sketchconv.tuning.prepare import DEFAULT_GRADIENT, GRADIENTS, Gradient
 
 # As a share of a LUT's size, 0.21 on average in SmolLM2: the paper's largest rate, 1e-4 in units of
@@ -26,6 +26,7 @@ class TuneOptions:
         learning_rate: the largest step of a LUT entry, as a share of its group's mean absolute
             entry; with `relative` false, in units of the weights, as in the paper.
         relative: see `learning_rate`.
+        optimizer: "adamw", or "muon", which keeps half the state.
         gradient: "mean" or "sum" over the weights that share an entry.
         batch_size: rows per forward pass and process.
         gradient_accumulation: forward passes per step.
@@ -40,7 +41,7 @@ class TuneOptions:
         eval_steps: measure them every so many steps; None: ten times in all.
         patience: stop after so many measurements without a new best; 0 never does.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        epsilon: of Adam.
+        epsilon: of AdamW.
         embeddings: train sketched embeddings too (and a head tied to them).
         head: train a sketched head too.
         activation_checkpointing: compute activations again in the backward pass, in less memory.
@@ -51,6 +52,7 @@ class TuneOptions:
 
     learning_rate: float = LEARNING_RATE
     relative: bool = True
+    optimizer: OptimizerName = DEFAULT_OPTIMIZER
     gradient: Gradient = DEFAULT_GRADIENT
     batch_size: int = 4
     gradient_accumulation: int = 1
@@ -85,6 +87,9 @@ class TuneOptions:
             _check(field, getattr(self, field), 0, None)
         if self.gradient not in GRADIENTS:
             raise TuningError(f"gradient must be mean or sum, got {self.gradient!r}")
+        if self.optimizer not in OPTIMIZERS:
+            known = " or ".join(OPTIMIZERS)
+            raise TuningError(f"optimizer must be {known}, got {self.optimizer!r}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise TuningError(f"device must be auto, cpu or cuda, got {self.device!r}")
 

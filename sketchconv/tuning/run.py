@@ -165,6 +165,7 @@ def _trainer(
         eval_dataset=Rows(material.held_out),
         data_collator=collator,
         callbacks=callbacks,
+        lut_optimizer=options.optimizer,
         relative=options.relative,
     )
     trainer.remove_callback(PrinterCallback)

@@ -18,22 +18,24 @@ from sketchconv.runtime.modules import SketchLinear
 from sketchconv.tuning import checkpoints
 from sketchconv.tuning.callbacks import BrokenStop
 from sketchconv.tuning.masters import rounded_masters, training_of
-from sketchconv.tuning.optimizer import LutAdamW
+from sketchconv.tuning.optimizer import DEFAULT_OPTIMIZER, OptimizerName, lut_optimizer
 from sketchconv.tuning.samples import IGNORED
 
 
 class LutTrainer(Trainer):
     """A Trainer for a model that `prepare_for_lut_training` has seen; all else is transformers'.
 
-    - The optimizer is `LutAdamW`, unless one is given; training stops at a gradient that is not
-      finite, before the LUTs have it (`broken_at`).
+    - The optimizer is `LutMuon` or `LutAdamW`, unless one is given; training stops at a gradient
+      that is not finite, before the LUTs have it (`broken_at`).
     - Evaluation measures the values that would be shipped: LUTs rounded to their file's dtype. The
       loss is the mean over all tokens that count, not over batches.
-    - Checkpoints hold LUTs, Adam's state and random numbers as safetensors, no model and no pickle.
+    - Checkpoints hold LUTs, the optimizer's state and random numbers as safetensors: no model, no
+      pickle.
     - Each weight is decoded once per step where memory allows, as in recovery.
 
     Args:
-        relative: see `LutAdamW`.
+        lut_optimizer: "adamw" or "muon".
+        relative: see `LutMuon` and `LutAdamW`.
         cache_weights: keep all trained weights decoded during a step (2 bytes per weight in
             bfloat16); None does where that takes at most a third of the free memory.
     """
@@ -41,6 +43,7 @@ class LutTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        lut_optimizer: OptimizerName = DEFAULT_OPTIMIZER,
         relative: bool = True,
         cache_weights: bool | None = None,
         **kwargs: Any,
@@ -48,6 +51,7 @@ class LutTrainer(Trainer):
         super().__init__(*args, **kwargs)
         network: Any = self.model
         self.training = training_of(network)
+        self.lut_optimizer = lut_optimizer
         self.relative = relative
         self.cache_weights = cache_weights
         self._products: Products | None = None
@@ -61,16 +65,20 @@ class LutTrainer(Trainer):
         return self._stop.at
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """`LutAdamW` with the arguments' learning rate, betas and epsilon."""
+        """With the arguments' learning rate and weight decay; AdamW's betas and epsilon too."""
         if self.optimizer is None:
             args = self.args
-            self.optimizer = LutAdamW(
-                self.training.masters,
+            options: dict[str, Any] = {"weight_decay": args.weight_decay}
+            if self.lut_optimizer == "adamw":
+                options["betas"] = (args.adam_beta1, args.adam_beta2)
+                options["eps"] = args.adam_epsilon
+            network: Any = self.model
+            self.optimizer = lut_optimizer(
+                network,
                 args.learning_rate,
+                optimizer=self.lut_optimizer,
                 relative=self.relative,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                weight_decay=args.weight_decay,
+                **options,
             )
         return self.optimizer
 

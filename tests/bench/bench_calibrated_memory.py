@@ -6,7 +6,7 @@ what the process holds before the first block, one block twice with its sums and
 (`sketchconv/calibration/needs.py`), and the hidden states, which are in memory here.
 
     python tests/bench/bench_calibrated_memory.py [--layers 22] [--sketched 2] [--tokens 4096]
-    python tests/bench/bench_calibrated_memory.py --model FOLDER --text FILE
+    python tests/bench/bench_calibrated_memory.py --model FOLDER --text FILE [--max-memory 700MB]
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def measure(model: Path, text: Path, out: Path, options: argparse.Namespace) -> 
     from sketchconv.calibration.options import Calibration
     from sketchconv.calibration.setting import make_setting
     from sketchconv.job import prepare
-    from sketchconv.memory import anonymous_bytes
+    from sketchconv.memory import anonymous_bytes, parse_size
     from sketchconv.pipeline import run
     from sketchconv.recipe import Recipe, SketchSpec
 
@@ -121,7 +121,8 @@ def measure(model: Path, text: Path, out: Path, options: argparse.Namespace) -> 
     calibration = Calibration(
         text, tokens=options.tokens, seq_len=options.seq_len, device="cpu", recover=0
     )
-    job = prepare(model, out, recipe, calibration=calibration)
+    limit = parse_size(options.max_memory) if options.max_memory else None
+    job = prepare(model, out, recipe, calibration=calibration, max_memory=limit)
     setting = make_setting(job, calibration, 0)
     width = int(setting.weights.model.config.hidden_size)
     hidden = 2 * setting.tokens * width * setting.weights.dtype.itemsize
@@ -146,6 +147,8 @@ def measure(model: Path, text: Path, out: Path, options: argparse.Namespace) -> 
     )
     print("  stated: " + " + ".join(f"{name} {size / 1e6:.0f}" for name, size in stated.items()))
     print(f"  peak / stated: {peak / 1e6:.0f} / {total / 1e6:.0f} MB = {peak / total:.3f}")
+    if limit is not None:
+        print(f"  peak / limit: {peak / 1e6:.0f} / {limit / 1e6:.0f} MB = {peak / limit:.3f}")
     print(f"  peak while it was written: {report.peak_anonymous / 1e6:.0f} MB")
 
 
@@ -163,6 +166,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--max-memory", metavar="SIZE", help="hold the conversion to it")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--work", type=Path, help="where to write; else a temporary folder")
     parser.add_argument("--verbose", action="store_true", help="progress on stderr")

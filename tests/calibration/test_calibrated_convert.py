@@ -16,7 +16,7 @@ from sketchconv.calibration.options import Calibration
 from sketchconv.calibration.setting import make_setting
 from sketchconv.calibration.streams import Streams, final_hidden
 from sketchconv.calibration.windows import text_windows
-from sketchconv.errors import CalibrationError, RecipeError
+from sketchconv.errors import CalibrationError, OutputError, RecipeError
 from sketchconv.formats.reader import SktchModel
 from sketchconv.job import prepare
 from sketchconv.memory import anonymous_bytes
@@ -152,6 +152,18 @@ def test_a_run_that_was_broken_off_goes_on_and_gives_the_same_bytes(whole, llama
     ]
     assert digest(out) == digest(whole[0])
     assert not state.exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_work(llama, text, tmp_path, monkeypatch):
+    class Disk:
+        f_bavail, f_frsize = 1, 1000
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Disk)
+    said = []
+    with pytest.raises(OutputError, match=r"bytes needed, 1000 free, \d+ missing"):
+        convert(llama, tmp_path / "m.sktch", text, progress=lambda event: said.append(event))
+    assert not said
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_state_of_another_calibration_is_refused_by_name(llama, text, tmp_path):

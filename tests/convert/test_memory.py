@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,30 @@ def test_anonymous_memory_grows_with_what_is_held():
     held = bytearray(b"\1") * (64 << 20)
     assert anonymous_bytes() - before > (32 << 20)
     assert len(held) == 64 << 20
+
+
+_FREED = """
+import sys
+import numpy as np
+from sketchconv.memory import anonymous_bytes, give_back_at_once
+bounded = sys.argv[1] == "1" and give_back_at_once()
+first = np.ones(24 << 20, np.uint8)
+del first  # from here on glibc takes 16 MB from its heap
+chunks = [np.ones(16 << 20, np.uint8), np.ones(1 << 16, np.uint8)]
+before = anonymous_bytes()
+del chunks[0]  # below what is still in use: a hole
+print(bounded, before - anonymous_bytes())
+"""
+
+
+def test_what_is_freed_goes_back_to_the_system_at_once():
+    freed = {}
+    for asked in "01":
+        command = [sys.executable, "-P", "-c", _FREED, asked]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        bounded, size = done.stdout.split()
+        freed[asked] = int(size)
+    if bounded != "True":
+        pytest.skip("no mallopt here")
+    assert freed["1"] >= 15 << 20
+    assert freed["0"] < 1 << 20, "the test does not make a hole"

@@ -225,7 +225,7 @@ print(calls)
 """
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [FORMS[0], pytest.param(FORMS[1], marks=pytest.mark.slow)])
 def test_killed_at_any_call_then_resumed(llama, tmp_path, whole, form):
     out, rng = tmp_path / form, random.Random(7)
     killed = 0

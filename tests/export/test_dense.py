@@ -14,7 +14,8 @@ from tiny import make_model
 import sketchconv
 from sketchconv.cli.main import cli
 from sketchconv.errors import OutputError, RecipeError, WeightError
-from sketchconv.export.dense import prepare_dense, run_dense
+from sketchconv.export.dense import prepare_dense
+from sketchconv.export.folder import run_folder
 from sketchconv.export.recipe import ExportRecipe
 from sketchconv.export.run import export_gguf
 from sketchconv.pipeline import convert
@@ -169,7 +170,7 @@ def test_failures_on_the_way_leave_nothing(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_dense(prepare_dense(folder, tmp_path / "m"), progress=stop)
+        run_folder(prepare_dense(folder, tmp_path / "m"), progress=stop)
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 

@@ -15,7 +15,7 @@ from tiny import CORPUS
 from sketchconv.calibration.options import Calibration
 from sketchconv.calibration.squares import mean_squares
 from sketchconv.cli.main import cli
-from sketchconv.errors import RecipeError
+from sketchconv.errors import RecipeError, ResumeError, Suspended
 from sketchconv.export.recipe import ExportRecipe, parse_choice
 from sketchconv.export.run import export_gguf
 from sketchconv.kernels.ggml.blocks import encode
@@ -154,6 +154,30 @@ def test_what_cannot_be_calibrated(arguments, message, models, text, tmp_path):
     assert found.exit_code != 0
     assert message in found.output
     assert not any(tmp_path.iterdir())
+
+
+def test_an_interrupted_export_is_gone_on_with_by_the_same_text_alone(models, text, tmp_path):
+    def export(folder, stop=0, text=text):
+        def progress(event):
+            nonlocal stop
+            stop -= event.action == "encode"
+            if stop == 0 and event.action == "encode":
+                raise KeyboardInterrupt
+
+        folder.mkdir(exist_ok=True)
+        recipe, calibration = ExportRecipe("Q4_K"), Calibration(text, **SMALL)
+        args = models("llama"), folder / "m.gguf", recipe
+        export_gguf(*args, calibration=calibration, threads=1, progress=progress)
+        return (folder / "m.gguf").read_bytes()
+
+    whole = export(tmp_path / "whole")
+    with pytest.raises(Suspended):
+        export(tmp_path / "cut", stop=9)
+    other = tmp_path / text.name
+    other.write_text(text.read_text()[::-1])
+    with pytest.raises(ResumeError, match="what a text says of its columns, has other values"):
+        export(tmp_path / "cut", text=other)
+    assert export(tmp_path / "cut") == whole
 
 
 def test_a_calibration_without_a_text_is_refused(models, tmp_path):

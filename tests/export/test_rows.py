@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 import tracemalloc
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,12 @@ import pytest
 
 from sketchconv.export.plan import ExportStep
 from sketchconv.export.pool import in_order
-from sketchconv.export.rows import BYTES_PER_VALUE, SourceRows, encoded
+from sketchconv.export.rows import BYTES_PER_VALUE, SourceRows, tasks
+from sketchconv.export.tasks import write_tasks
 from sketchconv.formats.gguf_layout import GgufInfo
 from sketchconv.formats.gguf_types import GGML_TYPES
+from sketchconv.formats.tensors import TensorInfo
+from sketchconv.noted import Noted
 
 
 class Rows:
@@ -33,8 +38,33 @@ class Rows:
     def verbatim(self, step, begin, end):
         raise AssertionError
 
+    def digest(self, step, *others):
+        raise AssertionError
+
     def close(self):
         pass
+
+
+@dataclass
+class Piece:
+    name: str
+    values: int
+    data: bytes
+
+
+class Last:
+    """A writer that remembers the last piece."""
+
+    def append(self, name, data):
+        self.data = data
+
+
+def encoded(reader, steps, budget, threads):
+    """The pieces of tensors as they are written; nothing is noted."""
+    writer = Last()
+    wanted = tasks(reader, steps, budget, threads)
+    for name, values in write_tasks(wanted, writer, Noted(None, writer, "m"), threads, budget):
+        yield Piece(name, values, writer.data)
 
 
 def step(name, rows, columns, kind="F32"):
@@ -47,7 +77,7 @@ def test_pieces_come_in_order_and_cover_every_row_once(threads):
     budget = 100 * 64 * BYTES_PER_VALUE * (threads + 1)
     reader, found = Rows(), {}
     for piece in encoded(reader, steps, budget, threads):
-        found.setdefault(piece.step.name, []).append(piece.data)
+        found.setdefault(piece.name, []).append(piece.data)
         assert piece.values * 4 == len(piece.data)
     assert list(found) == ["a", "b", "c"]
     for item in steps:
@@ -95,6 +125,25 @@ def test_no_more_is_read_ahead_than_there_are_threads():
     assert len(started) <= 4
 
 
+def test_costs_beyond_the_budget_are_not_in_work_together():
+    used, most, lock = 0, 0, threading.Lock()
+
+    def work(cost):
+        nonlocal used, most
+        with lock:
+            used += cost
+            most = max(most, used)
+        time.sleep(0.001)
+        with lock:
+            used -= cost
+        return cost
+
+    costs = [3, 3, 9, 1, 1, 1, 12, 3, 3]
+    done = in_order(costs, work, 4, lambda cost: cost, 9)
+    assert [result for _, result in done] == costs
+    assert most == 12  # the one that alone passes the budget
+
+
 def test_an_error_is_raised_at_its_item():
     def work(item):
         if item == 3:
@@ -108,12 +157,16 @@ def test_an_error_is_raised_at_its_item():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_transposed_tensor_is_read_once_and_encoded_in_pieces(threads):
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_transposed_tensor_is_read_once_and_encoded_in_pieces(threads, kept):
     values = {name: np.arange(200 * 300, dtype=np.float32).reshape(200, 300) for name in "ab"}
 
     class Whole:
         id, format, nbytes, paths = "whole", "test", 0, ()
         reads = 0
+
+        def __init__(self):
+            self.infos = {name: TensorInfo(name, "F32", (200, 300)) for name in values}
 
         def rows(self, name, begin, end):
             Whole.reads += 1
@@ -128,10 +181,12 @@ def test_a_transposed_tensor_is_read_once_and_encoded_in_pieces(threads):
     ]
     found = {name: [] for name in values}
     budget = 10 * 200 * BYTES_PER_VALUE * (threads + 1)
-    for piece in encoded(SourceRows(Whole()), steps, budget, threads):
-        found[piece.step.name].append(piece.data)
+    reader = SourceRows(Whole())
+    reader.keep_bytes = 4 * 200 * 300 if kept else 0
+    for piece in encoded(reader, steps, budget, threads):
+        found[piece.name].append(piece.data)
     for name, pieces in found.items():
         assert len(pieces) == 30
         assert b"".join(pieces) == values[name].T.tobytes()
     # At the border of two tensors, threads may read one of them again.
-    assert Whole.reads <= 2 * threads
+    assert Whole.reads <= 2 * threads if kept else Whole.reads == 60

@@ -106,10 +106,11 @@ def test_threads_do_not_change_the_file(models, tmp_path):
 def test_a_dense_folder_holds_the_decoded_weights(models, tmp_path):
     from safetensors.numpy import load_file
 
-    from sketchconv.export.dense import prepare_dense, run_dense
+    from sketchconv.export.dense import prepare_dense
+    from sketchconv.export.folder import run_folder
 
     sketch = sketched(models, tmp_path, "llama", grid="affine")
-    run_dense(prepare_dense(sketch, tmp_path / "dense", "F32"))
+    run_folder(prepare_dense(sketch, tmp_path / "dense", "F32"))
     dense = load_file(tmp_path / "dense" / "model.safetensors")
     with SktchModel.open(sketch) as model:
         for name in model.manifest.sketches:

@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from rows import bad_inputs, fuzz, kills, valid  # noqa: E402
-from rows.base import Setting  # noqa: E402
+from rows.base import Count, Setting, in_turn  # noqa: E402
 from rows.full_disk import _unclear  # noqa: E402
 from rows.harness import Job  # noqa: E402
 from rows.hostile import Variant  # noqa: E402
@@ -24,6 +24,8 @@ from rows.mutants import TARGETS  # noqa: E402
 
 from sketchconv.errors import SketchconvError  # noqa: E402
 from sketchconv.formats.container import Container  # noqa: E402
+from sketchconv.formats.delta import DeltaFile  # noqa: E402
+from sketchconv.formats.reader import SktchModel  # noqa: E402
 
 
 @pytest.fixture
@@ -66,6 +68,29 @@ def test_errors_that_are_not_ours_and_hangs_are_found(setting, monkeypatch):
     assert outcome.failures[0] == "sktch mutant 0: KeyError: 'shape'"
     assert "not one short line" in bad_inputs.problem_of(_refused(setting, monkeypatch, "a\nb"))
     assert "expected x.sktch" in bad_inputs.problem_of(_refused(setting, monkeypatch, "bad"))
+
+
+def test_a_wrong_reading_is_found(setting, monkeypatch):
+    make, read = TARGETS["sktch"](setting.room("one"))
+    right = SktchModel.decode
+    monkeypatch.setattr(SktchModel, "decode", lambda self, name: -right(self, name))
+    outcome = fuzz.run(setting, {"sktch": lambda folder: (make, read)})
+    assert any("independent decoder" in failure for failure in outcome.failures)
+    monkeypatch.undo()
+    right = DeltaFile.tuned
+    setting = Setting("test", 1, setting.folder / "delta")
+    make, read = TARGETS["delta"](setting.room("one"))
+    monkeypatch.setattr(DeltaFile, "tuned", lambda self, *args: right(self, *args) * 2)
+    outcome = fuzz.run(setting, {"delta": lambda folder: (make, read)})
+    assert any("independent decoder" in failure for failure in outcome.failures)
+
+
+def test_cases_that_time_does_not_allow_are_left_out_and_counted(tmp_path):
+    count = Count()
+    assert list(count.until(Setting("test", 1, tmp_path, until=0.0), range(5), 2)) == [0, 1]
+    assert count.notes == ["3 cases left out: no time"]
+    assert list(count.until(Setting("test", 1, tmp_path), range(3))) == [0, 1, 2]
+    assert list(in_turn("ab", "c", "")) == ["a", "c", "b"]
 
 
 def _refused(setting, monkeypatch, text):

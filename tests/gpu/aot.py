@@ -1,7 +1,7 @@
 """Compile catalogued variants ahead of time and read what they cost; no GPU is needed.
 
-    python tests/gpu/aot.py > results.json         # what the tests compile
-    python tests/gpu/aot.py --all > results.json   # the whole catalogue
+    python tests/gpu/aot.py [TARGET ...] > results.json         # what the tests compile
+    python tests/gpu/aot.py --all [TARGET ...] > results.json   # the whole catalogue
 
 Instructions per weight: the SASS of a kernel is cut at its backward branches. Of the loops that are
 longer than a wait on a barrier (16 instructions) and have no such loop inside, the longest is the
@@ -25,22 +25,26 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Target:
-    """`shared`: bytes of shared memory that a program may have at most."""
+    """`shared`: bytes of shared memory that a program may have at most.
+
+    `always`: compiled by every run of the tests; the others (100 seconds of a core each) are slow.
+    """
 
     name: str
     backend: str
     arch: int | str
     warp: int
     shared: int
+    always: bool
 
 
 TARGETS = (
-    Target("sm_80", "cuda", 80, 32, 166_912),
-    Target("sm_89", "cuda", 89, 32, 101_376),
-    Target("sm_90", "cuda", 90, 32, 232_448),
-    Target("sm_100", "cuda", 100, 32, 232_448),
-    Target("gfx942", "hip", "gfx942", 64, 65_536),
-    Target("gfx1100", "hip", "gfx1100", 32, 65_536),
+    Target("sm_80", "cuda", 80, 32, 166_912, True),
+    Target("sm_89", "cuda", 89, 32, 101_376, False),
+    Target("sm_90", "cuda", 90, 32, 232_448, False),
+    Target("sm_100", "cuda", 100, 32, 232_448, False),
+    Target("gfx942", "hip", "gfx942", 64, 65_536, True),
+    Target("gfx1100", "hip", "gfx1100", 32, 65_536, False),
 )
 
 
@@ -55,17 +59,18 @@ class Cost:
     per_weight: float | None
 
 
-def compile_all(everything: bool) -> dict[str, dict[str, Cost]]:
-    """Costs by target and variant, compiled in two processes."""
+def compile_all(everything: bool, names: list[str]) -> dict[str, dict[str, Cost]]:
+    """Costs by target (those named, or all) and variant, compiled in two processes."""
     from sketchconv.kernels.gpu.catalog import representatives, variants
 
+    targets = [target for target in TARGETS if not names or target.name in names]
     tasks = [
         (target, variant.name)
-        for target in TARGETS
+        for target in targets
         for variant in (variants() if everything else representatives())
         if target.backend in variant.backends
     ]
-    found: dict[str, dict[str, Cost]] = {target.name: {} for target in TARGETS}
+    found: dict[str, dict[str, Cost]] = {target.name: {} for target in targets}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for (target, name), cost in zip(tasks, pool.map(_cost, tasks), strict=True):
             found[target.name][name] = cost
@@ -169,12 +174,16 @@ def inner_loop(sass: str) -> int:
     return max(inner)
 
 
-def in_a_child() -> dict[str, dict[str, Cost]]:
+def in_a_child(*names: str) -> dict[str, dict[str, Cost]]:
     """`compile_all` in a process where Triton was imported as a compiler, its cache in a folder."""
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "TRITON_CACHE_DIR": folder, "TRITON_INTERPRET": "0"}
         child = subprocess.run(
-            [sys.executable, "-P", __file__], env=env, capture_output=True, text=True, check=False
+            [sys.executable, "-P", __file__, *names],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     if child.returncode:
         raise RuntimeError(child.stderr[-6000:])
@@ -185,7 +194,9 @@ if __name__ == "__main__":
     json.dump(
         {
             target: {name: asdict(cost) for name, cost in costs.items()}
-            for target, costs in compile_all("--all" in sys.argv).items()
+            for target, costs in compile_all(
+                "--all" in sys.argv, [name for name in sys.argv[1:] if name != "--all"]
+            ).items()
         },
         sys.stdout,
     )

@@ -12,7 +12,13 @@ import pytest
 CASES = sorted((Path(__file__).parent / "cases").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+SLOW = ("test_columns",)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.stem in SLOW else ()) for p in CASES],
+)
 def test_kernels_in_the_interpreter(path):
     child = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)],

@@ -119,6 +119,32 @@ def test_a_delta_by_its_id(hub, client, made):
         assert (Path(path) / file.name).read_bytes() == file.read_bytes()
 
 
+def test_deltas_and_their_bases_by_their_ids(hub, client, made, tmp_path):
+    client("push", [str(made / "folder")], "user/tiny")
+    client("push", [str(made / "delta")], "user/french")
+    client("push", [str(made / "delta.sktch")], "user/files")
+    one, other = "user/french", "user/files:delta.sktch"
+    for command in (
+        ("info", one, "--base", "user/tiny"),
+        ("apply", "user/tiny", one, str(tmp_path / "tuned")),
+        ("revert", str(tmp_path / "tuned"), other, str(tmp_path / "back")),
+        ("merge", "user/tiny", str(tmp_path / "d.sktch"), one, f"{other}=0.5"),
+        ("export", other, "user/tiny", str(tmp_path / "dense"), "--to", "safetensors", "--quiet"),
+    ):
+        done = client("command", "delta", *command)
+        assert done["code"] == 0, done
+    for file in (made / "folder").glob("*.safetensors"):
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+    done = client("command", "delta", "info", "user/nothing")
+    assert done["code"] == 1
+    assert "user/nothing" in done["err"]
+    client("setting", token=TOKEN, offline=True)
+    seen = len(hub.requests)
+    assert client("command", "delta", "info", one, "--base", "user/tiny")["code"] == 0
+    assert client("command", "delta", "info", other)["code"] == 0
+    assert len(hub.requests) == seen
+
+
 def test_shards_and_a_dense_model(hub, client, made):
     client("push", [str(made / "shards")], "user/shards")
     sent = hub.repos["user/shards"].files()
@@ -130,6 +156,23 @@ def test_shards_and_a_dense_model(hub, client, made):
     with pytest.raises(Refused, match="holds no sketch, no delta and no GGUF file"):
         client("logits", "user/dense", "load")
     assert client("fetch", "user/dense", dense=True)
+
+
+def test_a_folder_of_another_quantizer_or_of_mlx(hub, client, made, tmp_path):
+    shutil.copytree(made / "dense", tmp_path / "dense")
+    path = tmp_path / "dense" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(Refused, match="quantized by 'awq', not a model that was made here"):
+        client("push", [str(tmp_path / "dense")], "user/dense")
+    settings = {"group_size": 32, "bits": 4, "mode": "affine"}
+    path.write_text(json.dumps({**config, "quantization": settings}))
+    client("push", [str(tmp_path / "dense")], "user/mlx")
+    values, body = card_of(hub.repos["user/mlx"])
+    assert values["library_name"] == "mlx"
+    assert {"mlx", "4-bit"} <= set(values["tags"])
+    assert 'load("user/mlx")' in body
+    assert "MLX, affine mode" in body
 
 
 def test_branches_and_pull_requests(hub, client, made):
@@ -296,6 +339,15 @@ def test_convert_and_publish(hub, client, made, tmp_path):
     done = client("command", "convert", "user/s", str(tmp_path / "again"), "--dense")
     assert done["code"] == 0, done
     assert (tmp_path / "again/model.safetensors").read_bytes() == sent["model.safetensors"]
+
+    # The card of a folder that does not say where it comes from names the source.
+    assert "base_model" not in card_of(hub.repos["user/d"])[0]
+    hub.repos["user/d"].card_data = {"license": "mit"}
+    out = str(tmp_path / "copy")
+    done = client("command", "convert", "user/d", out, "--dense", "--push-to", "user/e")
+    assert done["code"] == 0, done
+    values, _ = card_of(hub.repos["user/e"])
+    assert (values["base_model"], values["license"]) == ("user/d", "mit")
 
 
 def test_what_eval_measures_goes_into_the_card(hub, client, made, tmp_path):

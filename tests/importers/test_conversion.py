@@ -11,9 +11,10 @@ import peer_layouts as peers
 import pytest
 import torch
 from imported import assert_same, linears, quantize, sketched, tiny_llama, write_folder
+from safetensors.torch import load_file, save_file
 
 import sketchconv
-from sketchconv.errors import RecipeError, SketchconvError, SourceError
+from sketchconv.errors import PlanError, RecipeError, SketchconvError, SourceError
 from sketchconv.importers.base import ImportOptions
 from sketchconv.job import prepare
 from sketchconv.recipe import Recipe, SketchSpec
@@ -97,6 +98,22 @@ def test_a_model_is_taken_over(tmp_path, name):
     dense.load_state_dict({n: t.float() for n, t in case.model.state_dict().items()})
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, dense(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_affine_grids_go_to_mlx_where_its_sums_are_theirs(tmp_path):
+    """GPTQ rounds each product; only of scales with few bits nothing is lost by it."""
+    case = made(tmp_path, "gptq")
+    sketchconv.convert(case.source, tmp_path / "a.sktch", imports=case.options)
+    with pytest.raises(PlanError, match="14 of 14 linear weights have no exact form"):
+        sketchconv.export_mlx(tmp_path / "a.sktch", tmp_path / "out")
+    path = case.source / "model.safetensors"
+    tensors = load_file(path)
+    for name in [n for n in tensors if n.endswith(".scales")]:
+        tensors[name] = tensors[name].log2().round().exp2()
+    save_file(tensors, path)
+    sketchconv.convert(case.source, tmp_path / "b.sktch", imports=case.options)
+    report = sketchconv.export_mlx(tmp_path / "b.sktch", tmp_path / "out")
+    assert any(kind.startswith("affine, 4 bits, groups of 32, F16") for kind in report.types)
 
 
 def digest(path):

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 # Test folders are no packages; the tiny models of exports are those of sources too.
 sys.path.append(str(Path(__file__).parent.parent / "export"))
+sys.path.append(str(Path(__file__).parent))
 
 Arrays = Mapping[str, np.ndarray]
 MakeFolder = Callable[..., Path]

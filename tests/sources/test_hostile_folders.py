@@ -200,7 +200,7 @@ def test_huge_config(make_folder):
     refused(folder, "more than the limit")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fbgemm_fp8", "mxfp4", "bitsandbytes"])
 def test_quantized_checkpoints_are_named(make_folder, method):
     folder = make_folder(
         config={"model_type": "llama", "quantization_config": {"quant_method": method}}

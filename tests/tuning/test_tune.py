@@ -150,11 +150,13 @@ def test_one_step_on_all_rows_is_the_same_packed_or_not(tiny, tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resumed_equals_uninterrupted(makers, text_file, tmp_path, accumulation):
+@pytest.mark.parametrize(("accumulation", "optimizer"), [(1, "muon"), (2, "adamw")])
+def test_resumed_equals_uninterrupted(makers, text_file, tmp_path, accumulation, optimizer):
     """Bit for bit, with dropout and shuffling, on one thread."""
     tiny = makers.write(makers.dense(attention_dropout=0.1), tmp_path / "dropout.sktch")
-    options = quick(gradient_accumulation=accumulation, batch_size=4 // accumulation)
+    options = quick(
+        gradient_accumulation=accumulation, batch_size=4 // accumulation, optimizer=optimizer
+    )
     whole = tune(tiny, text_file, tmp_path / "whole.sktch", options)
     parts = tmp_path / "parts.sktch"
     with pytest.raises(Suspended, match=r"checkpoint-4 is kept: run .* --resume"):
@@ -258,6 +260,7 @@ def test_broken_from_the_start_writes_nothing(tiny, text_file, tmp_path, monkeyp
     "changes",
     [
         {"gradient": "mean"},
+        {"optimizer": "muon", "learning_rate": 5e-2},
         {"activation_checkpointing": True},
         {"bf16": True},
         {"packing": False},
@@ -287,6 +290,7 @@ def test_activation_checkpointing_changes_no_bit(tiny, text_file, tmp_path):
         ({"learning_rate": math.nan}, "learning_rate must be at least"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"gradient": "max"}, "gradient must be mean or sum"),
+        ({"optimizer": "sgd"}, "optimizer must be adamw or muon"),
         ({"device": "tpu"}, "device must be"),
         ({"seq_len": 1}, "seq_len must be at least 2"),
     ],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -15,11 +16,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How much to try, from which seed, and where files may be written."""
+    """How much to try, from which seed, where files may be written, and until when.
+
+    Args:
+        until: of `time.monotonic`; rows with many cases leave the rest out then, and say so.
+        jobs: that are killed and starved; by default those of the size.
+    """
 
     size: Size
     seed: int
     folder: Path
+    until: float = float("inf")
+    jobs: tuple[str, ...] = ()
 
     def pick(self, test: T, short: T, full: T) -> T:
         """The value for this size."""
@@ -73,6 +81,28 @@ class Count:
         else:
             self.failures.append(problem)
 
+    def until(self, setting: Setting, cases: Iterable[T], least: int = 0) -> Iterator[T]:
+        """The cases, as long as there is time, and `least` anyhow; notes how many were left out."""
+        rest = iter(cases)
+        for number, case in enumerate(rest):
+            if number >= least and time.monotonic() > setting.until:
+                self.notes.append(f"{1 + sum(1 for _ in rest)} cases left out: no time")
+                return
+            yield case
+
     def outcome(self) -> Outcome:
         """As a value."""
         return Outcome(self.good, self.cases, tuple(self.failures), tuple(self.notes))
+
+
+def in_turn(*lists: Iterable[T]) -> Iterator[T]:
+    """The first of each, then the second of each, and so on."""
+    queues = [iter(items) for items in lists]
+    while queues:
+        left = []
+        for queue in queues:
+            for item in queue:
+                yield item
+                left.append(queue)
+                break
+        queues = left

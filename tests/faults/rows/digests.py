@@ -15,7 +15,7 @@ def run(setting: Setting) -> Outcome:
     names = setting.pick(
         ("bundle",), ("bundle", "folder", "coarse"), ("bundle", "folder", "coarse")
     )
-    with jobs(setting, names) as (victim, made):
+    with jobs(names) as (victim, made):
         for job in made:
             wanted, rng = _digest(job.whole), setting.rng(f"R7-{job.name}")
             for threads in (1, 2, 4):

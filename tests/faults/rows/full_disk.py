@@ -5,17 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import time
 from contextlib import contextmanager
+from dataclasses import replace
+from shutil import rmtree
 
-from rows.base import Count, Outcome, Row, Setting
-from rows.harness import NAMES, jobs
+from rows.base import Count, Outcome, Row, Setting, in_turn
+from rows.harness import jobs, names
 
 _WORDS = ("full", "disk", "space", os.strerror(errno.EIO), os.strerror(errno.ENOSPC))
-
-
-def _names(setting):
-    """Which jobs: all of them but in the test suite."""
-    return ("bundle", "apply", "export") if setting.size == "test" else NAMES
 
 
 def _unclear(reply, job, folder):
@@ -45,42 +43,44 @@ def _case(victim, job, folder, command):
 def run(setting: Setting) -> Outcome:
     """Failing calls, then file systems of swept sizes where they can be mounted."""
     count = Count()
-    with jobs(setting, _names(setting)) as (victim, made):
-        for job in made:
-            rng = setting.rng(f"disk-{job.name}")
-            calls = sorted(rng.sample(range(1, job.calls + 1), min(job.calls, _most(setting))))
-            for number, at in enumerate(calls):
-                code = (errno.ENOSPC, errno.EIO)[number % 2]
-                folder = setting.room(f"disk-{job.name}-{at}")
-                command = {"fault": {"at": at, "code": code}}
-                problem = _case(victim, job, folder, command)
-                count.add(problem and f"{job.name}, calls from {at} fail with {code}: {problem}")
-        injected = count.cases
-        mounted = _small_disks(setting, victim, made, count)
-    count.notes.append(f"{injected} with calls that fail (ENOSPC, EIO) from the k-th on")
+    with jobs([name for name in names(setting) if name != "recovered"]) as (victim, made):
+        half = replace(setting, until=(setting.until + time.monotonic()) / 2)
+        mounted = _small_disks(half, victim, made, count)
+        failing = in_turn(*(_failing(job, setting) for job in made))
+        for job, at, code in count.until(setting, failing, len(made)):
+            folder = setting.room(f"disk-{job.name}-{at}")
+            problem = _case(victim, job, folder, {"fault": {"at": at, "code": code}})
+            count.add(problem and f"{job.name}, calls from {at} fail with {code}: {problem}")
+            rmtree(folder)
+    count.notes.append(
+        f"{count.cases - mounted} with calls that fail (ENOSPC, EIO) from the k-th on"
+    )
     count.notes.append(f"{mounted} on a tmpfs too small for the output, made larger afterwards")
     return count.outcome()
 
 
-def _most(setting):
-    return setting.pick(2, 6, 1000)
+def _failing(job, setting):
+    """The calls of a job from which on all fail: every call, or some of them."""
+    rng, most = setting.rng(f"disk-{job.name}"), min(job.calls, setting.pick(2, 6, 1000))
+    for number, at in enumerate(rng.sample(range(1, job.calls + 1), most)):
+        yield job, at, (errno.ENOSPC, errno.EIO)[number % 2]
 
 
 def _small_disks(setting, victim, made, count):
     """Sizes from one page to just below what is needed; how many were tried."""
     before, room = count.cases, setting.room("small")
-    for job in made:
-        need = sum(map(len, job.whole.values()))
-        for share in setting.pick((0.5,), (0.1, 0.5, 0.9), (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97)):
-            size = max(1, int(need * share) // 4096) * 4096
-            with small_disk(room, size) as there:
-                if not there:
-                    return count.cases - before
-                reply = victim(job.task, job.on(room))
-                problem = _unclear(reply, job, room) or job.wrong(room)
-                subprocess.run(["mount", "-o", "remount,size=64m", room], check=True)
-                problem = problem or job.unfinished(room, victim(job.task, job.on(room)))
-            count.add(problem and f"{job.name} on a disk of {size} bytes: {problem}")
+    shares = setting.pick((0.5,), (0.1, 0.5, 0.9), (0.5, 0.9, 0.1, 0.0, 0.97, 0.3, 0.7))
+    cases = ((job, share) for share in shares for job in made)
+    for job, share in count.until(setting, cases, len(made)):
+        size = max(1, int(sum(map(len, job.whole.values())) * share) // 4096) * 4096
+        with small_disk(room, size) as there:
+            if not there:
+                break
+            reply = victim(job.task, job.on(room))
+            problem = _unclear(reply, job, room) or job.wrong(room)
+            subprocess.run(["mount", "-o", "remount,size=64m", room], check=True)
+            problem = problem or job.unfinished(room, victim(job.task, job.on(room)))
+        count.add(problem and f"{job.name} on a disk of {size} bytes: {problem}")
     return count.cases - before
 
 

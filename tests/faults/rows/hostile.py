@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rows import toys
-from rows.mutants import framed
-
-_ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+from rows.hostile_headers import headers, raw_files
+from rows.still_valid import framed
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,64 +35,9 @@ def vectors():
             yield Variant(kind, case["file"], path, case["requirement"], at)
 
 
-def _headers():
-    """Headers of a foreign checkpoint, by name, with 16 bytes of data behind them."""
-    bad = {
-        "root-array": b"[]", "bom": b'\xef\xbb\xbf{}', "bad-utf8": b'{"\xff":1}', "nul": b'{}\0',
-        "nested": b"[" * 100_000, "long-int": b'{"w":' + b"9" * 5000 + b"}", "nan": b'{"w":NaN}',
-        "twice": b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
-        b'"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
-        "shape-twice": b'{"w":{"dtype":"F32","shape":[4],"shape":[4],"data_offsets":[0,16]}}',
-        "surrogate": b'{"\\ud800":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
-    }  # fmt: skip
-    entries = {
-        "dtype": ["f32", "F99", "", None, 4, True],
-        "shape": [
-            [4.0, 1], [-2, -2], [True, 4], ["2", 2], None, 4, {}, [2**64], [2**32, 2**32],
-            [0, 2**63, 4], [3, 2], [1, 1], [5], [4e0],
-        ],
-        "data_offsets": [
-            [0], [0, 8, 16], [16, 0], [-1, 16], [0, 17], [4, 16], [0, 2**63], [0, 2**64], None,
-            "0,16", [0, 16.0], [True, 16], [0, None], {}, [0, 12],
-        ],
-    }  # fmt: skip
-    for field, values in entries.items():
-        for number, value in enumerate(values):
-            bad[f"{field}-{number}"] = json.dumps({"w": {**_ENTRY, field: value}}).encode()
-        less = {k: v for k, v in _ENTRY.items() if k != field}
-        bad[f"no-{field}"] = json.dumps({"w": less}).encode()
-    trees = {
-        "overlap": {"w": _ENTRY, "v": {**_ENTRY, "data_offsets": [0, 16]}},
-        "hole": {"w": {"dtype": "U8", "shape": [4], "data_offsets": [12, 16]}},
-        "extra-field": {"w": {**_ENTRY, "stride": 1}},
-        "metadata-number": {"__metadata__": {"a": 1}, "w": _ENTRY},
-        "metadata-nested": {"__metadata__": {"a": {}}, "w": _ENTRY},
-        "metadata-list": {"__metadata__": [], "w": _ENTRY},
-        "short-data": {"w": {**_ENTRY, "shape": [2, 4], "data_offsets": [0, 32]}},
-        "long-data": {"w": {**_ENTRY, "shape": [2, 1], "data_offsets": [0, 8]}},
-        "entry-null": {"w": None},
-        "entry-list": {"w": [1]},
-    }
-    return bad | {name: json.dumps(tree).encode() for name, tree in trees.items()}
-
-
-def _raw_files():
-    """Whole files in the place of weights."""
-    header = json.dumps({"w": _ENTRY}).encode()
-    good = framed(header, bytes(16))
-    sizes = {"n-0": 0, "n-1": 1, "n-most": 2**64 - 1, "n-cap": 100_000_001, "n-past": len(good)}
-    files = {name: struct.pack("<Q", n) + good[8:] for name, n in sizes.items()}
-    heads = {"elf": b"\x7fELF", "pdf": b"%PDF-1.7", "zip": b"PK\3\4", "pickle": b"\x80\x02}q\0.",
-             "lfs": b"version https://git-lfs.github.com/spec/v1\n", "html": b"<!DOCTYPE html>",
-             "gguf": b"GGUF\3\0\0\0"}  # fmt: skip
-    files |= {name: head + bytes(100) for name, head in heads.items()}
-    files |= {"empty": b"", "7-bytes": good[:7], "short": good[:-1], "tail": good + b"\0"}
-    return files | {"zip-tail": good + b"PK\5\6" + bytes(18)}
-
-
 def checkpoints(room):
     """Folders of a Llama with bad weights, index or config."""
-    files = {f"header-{n}": framed(h, bytes(16)) for n, h in _headers().items()} | _raw_files()
+    files = {f"header-{n}": framed(h, bytes(16)) for n, h in headers().items()} | raw_files()
     for name, data in files.items():
         folder = toys.llama(room / name)
         (folder / "model.safetensors").write_bytes(data)
@@ -108,6 +52,37 @@ def checkpoints(room):
         yield Variant("checkpoint", f"index-{name}", folder)
     for name in ("model.safetensors", "config.json"):
         yield from _odd_files(room, name)
+    yield from _odd_folders(room)
+
+
+def _odd_folders(room):
+    """Folders whose files do not make a model, by what is done to one in two shards."""
+    shards = [f"model-{i + 1:05d}-of-00002.safetensors" for i in range(2)]
+    index = "model.safetensors.index.json"
+
+    def both(folder):  # every tensor of the first is in the second too
+        arrays = toys.llama_arrays()
+        toys.save_file(arrays, folder / shards[1])
+
+    def pickles(folder):
+        for name in (*shards, index):
+            (folder / name).unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}q\0.")
+
+    def sparse(folder):
+        os.truncate(folder / index, 1 << 40)
+
+    def device(folder):
+        (folder / shards[0]).unlink()
+        (folder / shards[0]).symlink_to("/dev/zero")
+
+    def case(folder):
+        (folder / shards[0]).rename(folder / shards[0].upper())
+
+    for break_it in (both, pickles, sparse, device, case):
+        folder = toys.llama(room / f"folder-{break_it.__name__}", 2)
+        break_it(folder)
+        yield Variant("checkpoint", f"folder-{break_it.__name__}", folder)
 
 
 def _odd_files(room, name):

@@ -14,8 +14,10 @@ from sketchconv.formats import gguf_values as v
 from sketchconv.formats.delta_coding import CODES, Coding
 from sketchconv.formats.delta_record import Bound
 from sketchconv.formats.delta_writer import DeltaWriter
+from sketchconv.formats.digest import tensor_digest
 from sketchconv.formats.gguf_layout import GgufInfo, gguf_layout
 from sketchconv.formats.gguf_types import GGML_TYPES
+from sketchconv.formats.tensors import TensorInfo
 
 ROOT = Path(__file__).resolve().parents[3]
 VECTORS = ROOT / "spec" / "vectors"
@@ -32,9 +34,25 @@ def load(path, name):
     return sys.modules[name]
 
 
+def decoder(kind="decode"):
+    """The independent decoder of the specification, `decode_delta` that of deltas."""
+    decode = load(ROOT / "spec" / "decode.py", "decode")
+    return decode if kind == "decode" else load(ROOT / "spec" / f"{kind}.py", kind)
+
+
 def toys():
     """The toy sketches of the tests of deltas, which build upon those of the format."""
     return load(ROOT / "tests" / "deltas" / "conftest.py", "fault_toys")
+
+
+def written(folder):
+    """A Llama of two layers with a tokenizer of bytes, and a text: of the tests of calibration."""
+    from transformers import LlamaForCausalLM
+
+    made = load(ROOT / "tests" / "calibration" / "conftest.py", "fault_models")
+    config = made.llama_config(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    made.save_model(folder / "byte-llama", LlamaForCausalLM(config))
+    return folder / "byte-llama", made.write_text(folder / "words.txt", 600, seed=1)
 
 
 def content(path):
@@ -60,9 +78,8 @@ CONFIG = {
 }
 
 
-def llama_arrays(config=CONFIG, seed=0):
-    """Random weights of a Llama, F32, by name."""
-    rng = np.random.default_rng(seed)
+def llama_shapes(config=CONFIG):
+    """The shapes of a Llama's weights, by name."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
@@ -80,6 +97,12 @@ def llama_arrays(config=CONFIG, seed=0):
             f"{at}mlp.down_proj.weight": (hidden, inner),
         }
     shapes["model.norm.weight"] = (hidden,)
+    return shapes
+
+
+def llama_arrays(config=CONFIG, seed=0):
+    """Random weights of a Llama, F32, by name."""
+    rng, shapes = np.random.default_rng(seed), llama_shapes(config)
     return {n: rng.standard_normal(s).astype(np.float32) * 0.1 + 0.01 for n, s in shapes.items()}
 
 
@@ -102,16 +125,33 @@ def llama(folder, shards=1, seed=0):
     return folder
 
 
+def delta_base(seed=0, shape=(3, 3, 4)):
+    """The base's table of `delta`."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float16)
+
+
 def delta(path, coding=CODINGS[0], seed=0, shape=(3, 3, 4)):
-    """A delta of one weight, on a base of which only digests are known."""
-    rng = np.random.default_rng(seed)
-    base = rng.normal(size=shape).astype(np.float16)
+    """A delta of one weight, on a base of which only the table is known."""
+    base = delta_base(seed, shape)
     tuned = base.copy()
+    rng = np.random.default_rng([seed, 1])
     tuned[rng.random(shape[:2]) < 0.5] += np.float16(0.25)
+    digest = tensor_digest(TensorInfo("m.sketch_lut", "F16", shape), base.tobytes())
     with DeltaWriter(path, coding) as writer:
-        writer.add("m.weight", Bound("sketch_lut", "F16", shape, "a" * 64, "b" * 64), base, tuned)
+        writer.add("m.weight", Bound("sketch_lut", "F16", shape, "a" * 64, digest), base, tuned)
         writer.commit({"id": "a/b"}, {"name": "t"}, "faults 1")
     return path
+
+
+def model_gguf(folder):
+    """A whole Llama as GGUF, with the tokenizer and the tiny models of the tests of exports."""
+    from sketchconv.export.recipe import ExportRecipe
+    from sketchconv.export.run import export_gguf
+
+    made = load(ROOT / "tests" / "export" / "tiny.py", "fault_tiny")
+    model = made.make_model(folder / "gguf-llama", "llama")
+    export_gguf(model, folder / "model.gguf", ExportRecipe("Q8_0"))
+    return folder / "model.gguf"
 
 
 def gguf(path, tensors=6, seed=0, values=None):

@@ -18,6 +18,7 @@ from sketchconv.formats.container import Container
 from sketchconv.formats.delta_validate import validate_delta
 from sketchconv.formats.reader import SktchModel
 from sketchconv.formats.validate import validate
+from sketchconv.sources.checkpoint import CheckpointSource
 from sketchconv.sources.gguf_blocks import GgufBlocks
 from sketchconv.verify import verify
 
@@ -91,13 +92,38 @@ def _differs(path, must=False):
     return None if ours == theirs else "read differently"
 
 
-MAKERS = {"sketch": _sketch, "delta": _delta, "gguf": _gguf, "safetensors": _foreign}
+def _snapshot(folder, rng):
+    """A download of the Hub: links into `blobs/`, directly or by a second link."""
+    model = folder / "models--a--b"
+    model, blobs = toys.llama(model / "snapshots" / "main", rng.randrange(1, 3)), model / "blobs"
+    blobs.mkdir()
+    for path in sorted(model.iterdir()):
+        blob = blobs / str(rng.getrandbits(64))
+        path.rename(blob)
+        if rng.random() < 0.5:
+            blob.with_suffix(".link").symlink_to(blob.name)
+            blob = blob.with_suffix(".link")
+        path.symlink_to(f"../../blobs/{blob.name}")
+    wanted = {n: a.tobytes() for n, a in toys.llama_arrays().items()}
+    with CheckpointSource(model) as source:
+        sizes = {n: info.shape[0] for n, info in source.infos.items()}
+        same = {n: source.rows(n, 0, rows) for n, rows in sizes.items()} == wanted
+    return None if same else "other bytes"
+
+
+MAKERS = {
+    "snapshot": _snapshot,
+    "sketch": _sketch,
+    "delta": _delta,
+    "gguf": _gguf,
+    "safetensors": _foreign,
+}
 
 
 def run_valid(setting: Setting) -> Outcome:
     """S2: every maker in turn; good ones are those that were taken."""
-    count, most = Count(), setting.pick(24, 240, 1000)
-    for number in range(most):
+    count, most = Count(), setting.pick(200, 240, 1000)
+    for number in count.until(setting, range(most), 200):
         kind = list(MAKERS)[number % len(MAKERS)]
         rng, folder = setting.rng(f"S2-{number}"), setting.room(f"valid-{number}")
         try:
@@ -111,8 +137,9 @@ def run_valid(setting: Setting) -> Outcome:
 def run_agreement(setting: Setting) -> Outcome:
     """S4: mutants of a checkpoint that we take; good ones safetensors reads alike."""
     count, make = Count(), safetensors_target(setting.room("agree"))[0]
-    tried = setting.pick(200, 5000, 50_000)
-    for number in range(tried):
+    most, tried = setting.pick(500, 5000, 50_000), 0
+    for number in count.until(setting, range(most), 200):
+        tried += 1
         path = make(setting.rng(f"S4-{number}")) / "model.safetensors"
         problem = _differs(path)
         if problem != "-":
@@ -134,7 +161,7 @@ def run_flips(setting: Setting) -> Outcome:
     mixed = toys.toys().make_toy(rows=1, columns=6, groups=2, bits=(2, 3))
     paths = [mixed.bundle(room / "a.sktch"), toys.delta(room / "d.sktch")]
     paths += sorted(mixed.folder(room / "m", 60).glob("*.safetensors"))
-    for number in range(setting.pick(100, 1500, 10_000)):
+    for number in count.until(setting, range(setting.pick(300, 1500, 10_000)), 100):
         rng, path = setting.rng(f"R6-{number}"), paths[number % len(paths)]
         good = path.read_bytes()
         header = 8 + int.from_bytes(good[:8], "little")
@@ -156,12 +183,11 @@ def run_flips(setting: Setting) -> Outcome:
 def run_decoder(setting: Setting) -> Outcome:
     """R12: every weight of random sketches through `spec/decode.py`, compared bit for bit."""
     count, room = Count(), setting.room("decode")
-    decoder = toys.load(toys.ROOT / "spec" / "decode.py", "fault_decoder")
     for number in range(setting.pick(8, 60, 300)):
         rng = setting.rng(f"R12-{number}")
         toy = toys.toys().make_mixed() if number % 8 == 7 else random_toy(rng)
         path = toy.bundle(room / f"{number}.sktch")
-        file = decoder.File(path)
+        file = toys.decoder().File(path)
         with SktchModel.open(path) as model:
             for name in model.manifest.sketches:
                 rows = file.rows(name)
