@@ -56,12 +56,13 @@ class Row:
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """The rows that were asked for, small ones first."""
+    """The rows that were asked for, in the order of the patterns; all, small ones first."""
     found = [Row(name) for name in PEERS]
     for groups in options.groups:
         found += [Row(name, bits, groups) for bits in options.bits for name in METHODS]
     wanted = options.only
-    return (row for row in found if not wanted or any(fnmatchcase(row.title, p) for p in wanted))
+    asked = (row for p in wanted or ["*"] for row in found if fnmatchcase(row.title, p))
+    return iter(dict.fromkeys(asked))
 
 
 class Bench:
