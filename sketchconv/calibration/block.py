@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -12,27 +12,24 @@ from torch import Tensor, nn
 
 from sketchconv.calibration.fallback import put_fallback
 from sketchconv.calibration.gather import Sums
-from sketchconv.calibration.linears import put_rows
 from sketchconv.calibration.mixtures import in_passes, same_routes, with_siblings
-from sketchconv.calibration.shaped import luts_of
+from sketchconv.calibration.placing import put_decoded
+from sketchconv.calibration.shortcuts import Kept
 from sketchconv.calibration.solve import Solution, solve
 from sketchconv.calibration.stages import Group, Stage, find_stages
 from sketchconv.calibration.state import WeightResult
 from sketchconv.calibration.taps import Tapped, run_tapped
 from sketchconv.errors import CalibrationError, SketchconvError, WeightError
-from sketchconv.formats.packing import unpack
 from sketchconv.kernels.cpu import LutRangeError, pack_rows
 from sketchconv.memory import give_back
 
 if TYPE_CHECKING:
     from sketchconv.calibration.methods import Method
-    from sketchconv.calibration.state import CalibrationState
-    from sketchconv.calibration.streams import Streams
+    from sketchconv.calibration.streams import Batch, Streams
     from sketchconv.calibration.weights import Weights
     from sketchconv.formats.manifest import SketchRecord
 
 _MIN_TOKENS = 256
-_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +51,7 @@ class BlockWork:
         tensors: packed indices and LUTs under their stored names.
         results: one entry per finished weight.
         skipped: weight -> why it stays calibration-free.
+        kept: what spares passes over the block to run all of it.
     """
 
     index: int
@@ -64,6 +62,7 @@ class BlockWork:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     results: list[WeightResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    kept: Kept | None = None
 
 
 def calibrate_block(
@@ -83,7 +82,9 @@ def calibrate_block(
     stages, unseen = with_siblings(*found)
     for path in unseen:
         work.skipped[work.targets[path].name] = "no calibration token reached it"
-    for stage in in_passes(stages, {path: r.shape for path, r in work.targets.items()}):
+    stages = in_passes(stages, {path: r.shape for path, r in work.targets.items()})
+    work.kept = streams.kept(work.index, work.dense, stages)
+    for stage in stages:
         with same_routes(work.compressed, work.dense, stage):
             sums = _gather(work, stage, streams, needs_pairs=method.asymmetric)
         give_back()
@@ -99,11 +100,10 @@ def _gather(
     """Sums of every group that saw tokens, by the group's first linear."""
     sums: dict[str, Sums] = {}
     for batch in streams.batches():
-        call = streams.call(work.index, batch)
-        compressed = run_tapped(work.compressed, call, streams.compressed_hidden(batch), stage)
+        compressed = _tapped(work, stage, streams, batch, "compressed")
         dense = Tapped()
         if needs_pairs:
-            dense = run_tapped(work.dense, call, streams.dense_hidden(batch), stage)
+            dense = _tapped(work, stage, streams, batch, "dense")
         for group in stage.groups:
             _add(sums, group, dense, compressed, held_out=batch.held_out)
     for path, found in sums.items():
@@ -113,6 +113,26 @@ def _gather(
                 f"{streams.dtype_name}, or its weights are damaged"
             )
     return sums
+
+
+def _tapped(
+    work: BlockWork,
+    stage: Stage,
+    streams: Streams,
+    batch: Batch,
+    which: Literal["dense", "compressed"],
+) -> Tapped:
+    """One pass of one of the two blocks over a batch, up to a stage."""
+    block = work.dense if which == "dense" else work.compressed
+    read = streams.dense_hidden if which == "dense" else streams.compressed_hidden
+    call, kept = streams.call(work.index, batch), work.kept
+    if kept is None:
+        return run_tapped(block, call, read(batch), stage)
+    with kept.spared(block, which, batch.begin, batch.end):
+        found = run_tapped(block, call, read(batch), stage)
+    if stage is kept.shortcut.stage:
+        kept.put(which, batch.begin, found.inputs[kept.shortcut.linear], batch.end - batch.begin)
+    return found
 
 
 def _add(
@@ -204,45 +224,5 @@ def _keep(
         work.results.append(
             WeightResult(record.name, solution.error, solution.damping, solution.notes)
         )
-        put_decoded(work.compressed, target, indices, lut)
+        put_decoded(work.compressed, target.path, record, indices, lut)
         begin = end
-
-
-def put_finished(
-    work: BlockWork, state: CalibrationState, weights: Weights, threads: int | None
-) -> None:
-    """Give the compressed block the weights that an earlier run left in the state."""
-    skipped = state.result(work.index).skipped
-    for path, record in work.targets.items():
-        if record.name in skipped:
-            put_fallback(work.compressed.get_submodule(path), record, weights, threads)
-        else:
-            found = state.tensors(work.index, (record.index_name, record.lut_name))
-            put_tensors(work, path, *found)
-
-
-def put_tensors(work: BlockWork, path: str, packed: Tensor, lut: Tensor) -> None:
-    """Give a module of the compressed block what packed indices and LUTs decode to."""
-    record = work.targets[path]
-    codes = unpack(packed.numpy(), record.bits, record.group_size).reshape(record.shape)
-    put_decoded(work.compressed, Target(path, record), torch.from_numpy(codes), lut)
-
-
-def put_decoded(block: nn.Module, target: Target, indices: Tensor, lut: Tensor) -> None:
-    """Give a linear module the values that a sketch decodes to.
-
-    Args:
-        block: that the target is in.
-        target: the module.
-        indices: uint8 ``[out, in]``.
-        lut: ``[out, G, 2**bits]``, or the scales of a shaped sketch.
-    """
-    module = block.get_submodule(target.path)
-    with torch.no_grad():
-        for begin in range(0, len(indices), _ROWS):
-            part = lut[begin : begin + _ROWS].float()
-            if target.record.shaped:
-                part = luts_of(part, target.record.grid, target.record.bits)
-            codes = indices[begin : begin + _ROWS].view(len(part), part.shape[1], -1).long()
-            rows = part.gather(2, codes).view(len(part), -1)
-            put_rows(module, begin, rows)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sketchconv.calibration import blocks as around
-from sketchconv.calibration.block import put_tensors
 from sketchconv.calibration.blocks import Call
 from sketchconv.calibration.hidden import HiddenStates
+from sketchconv.calibration.placing import put_tensors
 from sketchconv.calibration.streams import Batch
 from sketchconv.recovery.blockwise import reconstruct
 from sketchconv.recovery.options import RecoveryOptions
@@ -82,6 +82,8 @@ def rebuild(
             record = work.targets[path]
             work.tensors[record.index_name], work.tensors[record.lut_name] = index, lut
             put_tensors(work, path, index, lut)
+        if work.kept is not None:
+            work.kept.forget("compressed")
     return Rebuilt(result.kl_before, result.kl_after, result.kept, result.tokens, result.seconds)
 
 

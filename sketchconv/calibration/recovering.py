@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sketchconv.architecture import open_skeleton
 from sketchconv.calibration.devices import find_device
+from sketchconv.calibration.heads import find_head
 from sketchconv.calibration.kept import save_tensors
 from sketchconv.calibration.report import RecoveryReport
 from sketchconv.calibration.state import RECOVERED
-from sketchconv.calibration.streams import find_head
 from sketchconv.calibration.teacher import Teacher
 from sketchconv.calibration.weights import Weights
 from sketchconv.formats.rules import INDEX_SUFFIX, LUT_SUFFIX, WEIGHT_SUFFIX

@@ -146,7 +146,7 @@ class _Run:
             self._keep_final(wanted, others[0])
 
     def _keep_final(self, teacher: Teacher, streams: Streams) -> None:
-        from sketchconv.calibration.streams import final_hidden
+        from sketchconv.calibration.heads import final_hidden
 
         self._say("the dense model's last hidden states", 0)
         for begin, hidden in final_hidden(streams):
@@ -193,7 +193,8 @@ class _Run:
             self._calibrate(work, paired, digest, others)
         if len(self.results) <= index:
             self.results.append(self.state.result(index))
-        for streams in (paired, *others):
+        paired.advance(index, name, dense, work.compressed, work.kept)
+        for streams in others:
             streams.advance(index, name, dense, work.compressed)
         weights.empty(name)
         give_back()
@@ -226,7 +227,7 @@ class _Run:
 
     def _replay(self, work: BlockWork, digest: str) -> None:
         """Put the weights of a finished block in place."""
-        from sketchconv.calibration.block import put_finished
+        from sketchconv.calibration.placing import put_finished
         from sketchconv.errors import CalibrationError
 
         if self.state.result(work.index).digest != digest:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from sketchconv.architecture import open_skeleton
 from sketchconv.calibration.blocks import find_blocks
 from sketchconv.calibration.devices import compute_dtype, find_device
+from sketchconv.calibration.heads import final_hidden, find_head
 from sketchconv.calibration.inputs import make_windows
 from sketchconv.calibration.methods import method_named
 from sketchconv.calibration.options import Calibration
 from sketchconv.calibration.own_text import OwnText
 from sketchconv.calibration.setting import Setting
-from sketchconv.calibration.streams import Streams, final_hidden, find_head
+from sketchconv.calibration.streams import Streams
 from sketchconv.calibration.weights import Weights
 from sketchconv.errors import CalibrationError
 from sketchconv.sources.base import Source

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from sketchconv.calibration import blocks as around
 from sketchconv.calibration.blocks import Call
+from sketchconv.calibration.heads import find_head
 from sketchconv.calibration.hidden import HiddenStates
+from sketchconv.calibration.shortcuts import Kept, find_shortcut
 from sketchconv.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from sketchconv.calibration.setting import Setting
+    from sketchconv.calibration.stages import Stage
 
 # Tokens that go through a block at a time.
 BATCH_TOKENS = 4096
@@ -64,6 +67,7 @@ class Streams:
         self._folder, self._room, self._name = folder, room, name
         self._size = max(1, BATCH_TOKENS // self.windows.shape[1])
         self._calls: dict[int, list[Call]] = {}
+        self._rooms: tuple[HiddenStates, ...] = ()
         self._enter()
 
     @property
@@ -99,18 +103,43 @@ class Streams:
         """What comes into the block in the compressed model."""
         return self.compressed.read(batch.begin, batch.end, self.weights.device)
 
-    def advance(self, index: int, name: str, dense: nn.Module, compressed: nn.Module) -> None:
+    def kept(self, index: int, block: nn.Module, stages: Sequence[Stage]) -> Kept | None:
+        """Room for what spares later passes over a block a part of it, where that is possible."""
+        one = Batch(0, 1)
+        found = find_shortcut(block, self.call(index, one), self.dense_hidden(one), stages)
+        if found is None:
+            return None
+        shape = (len(self.windows), self.windows.shape[1], found.columns)
+        if not self._rooms or self._rooms[0].values.shape != shape:
+            self._forget()
+            names, dtype = ("kept-dense", "kept-compressed"), self.dense.values.dtype
+            self._rooms = tuple(self._room_for(shape, dtype, name) for name in names)
+        return Kept(found, *self._rooms)
+
+    def advance(
+        self,
+        index: int,
+        name: str,
+        dense: nn.Module,
+        compressed: nn.Module,
+        kept: Kept | None = None,
+    ) -> None:
         """Run a block on all hidden states, in place; `compressed` only where they are paired.
+
+        Args:
+            index: of the block.
+            name: of the block, for messages.
+            dense, compressed: the block in both models.
+            kept: what spares them a part of it; of these streams.
 
         Raises:
             CalibrationError: the dense model's are not finite after it.
         """
         for batch in self.batches():
-            call = self.call(index, batch)
             if self.paired:
-                hidden = around.hidden_of(call.run(compressed, self.compressed_hidden(batch)))
+                hidden = self._passed(index, compressed, batch, self.compressed, kept)
                 self.compressed.write(batch.begin, hidden)
-            hidden = around.hidden_of(call.run(dense, self.dense_hidden(batch)))
+            hidden = self._passed(index, dense, batch, self.dense, kept)
             if not torch.isfinite(hidden.sum(dtype=torch.float64)):
                 raise CalibrationError(
                     f"{name}: NaN or infinity in the dense model's own output; it overflows in "
@@ -119,10 +148,24 @@ class Streams:
             self.dense.write(batch.begin, hidden)
 
     def close(self) -> None:
-        """Forget the hidden states."""
+        """Forget all of them."""
+        self._forget()
         self.dense.close()
         if self.paired:
             self.compressed.close()
+
+    def _forget(self) -> None:
+        for room in self._rooms:
+            room.close()
+
+    def _passed(
+        self, index: int, block: nn.Module, batch: Batch, states: HiddenStates, kept: Kept | None
+    ) -> Tensor:
+        """What a block gives for a batch of one model's hidden states."""
+        hidden = states.read(batch.begin, batch.end, self.weights.device)
+        which = "dense" if states is self.dense else "compressed"
+        with nullcontext() if kept is None else kept.spared(block, which, batch.begin, batch.end):
+            return around.hidden_of(self.call(index, batch).run(block, hidden))
 
     def _cut(self, begin: int, end: int, held_out: bool) -> Iterator[Batch]:
         for first in range(begin, end, self._size):
@@ -145,16 +188,17 @@ class Streams:
         self.weights.empty("")
 
     def _allocate(self, hidden: Tensor) -> None:
-        count = len(self.windows)
-        shape = (count, hidden.shape[1], hidden.shape[2])
-        size = count * hidden[0].numel() * hidden.element_size() * (2 if self.paired else 1)
-        names = (f"{self._name}dense", f"{self._name}compressed")
-        spill = size > self._room
-        self.spilled = spill
-        dense, compressed = (self._folder / f"{name}.hidden" if spill else None for name in names)
-        self.dense = HiddenStates(shape, hidden.dtype, dense)
+        shape = (len(self.windows), hidden.shape[1], hidden.shape[2])
+        size = math.prod(shape) * hidden.element_size() * (2 if self.paired else 1)
+        self.spilled = size > self._room
+        self.dense = self._room_for(shape, hidden.dtype, "dense")
         if self.paired:
-            self.compressed = HiddenStates(shape, hidden.dtype, compressed)
+            self.compressed = self._room_for(shape, hidden.dtype, "compressed")
+
+    def _room_for(self, shape: tuple[int, int, int], dtype: torch.dtype, name: str) -> HiddenStates:
+        """Room for values of all windows, in memory or in a file."""
+        file = self._folder / f"{self._name}{name}.hidden" if self.spilled else None
+        return HiddenStates(shape, dtype, file)
 
     def _learn(self, call: Call, hidden: Tensor) -> None:
         """Catch every block's call, for each size of batch."""
@@ -189,56 +233,3 @@ class Streams:
         """Path of the output head, which is never run here."""
         head = find_head(self.model)
         return [name for name, module in self.model.named_modules() if module is head and name]
-
-
-def final_hidden(streams: Streams) -> Iterator[tuple[int, Tensor]]:
-    """The inputs ``[windows, seq, hidden]`` of the dense model's head, batch after batch.
-
-    Args:
-        streams: behind the last block.
-
-    Yields:
-        First window, and the hidden states after everything between the last block and the head.
-    """
-    model, weights = streams.model, streams.weights
-    head = find_head(model)
-    weights.fill("", without=frozenset({streams.path, *streams.heads()}))
-    try:
-        for batch in streams.batches():
-            passed = around.with_hidden(streams.returned, streams.dense_hidden(batch))
-            with around.replaced_forward(_passing(streams.blocks, passed)):
-                yield batch.begin, _last_hidden(model, head, streams.ids(batch))
-    finally:
-        weights.empty("")
-
-
-def find_head(model: PreTrainedModel) -> nn.Module | None:
-    """The output head of a language model; None for models without one."""
-    try:
-        head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    except NotImplementedError:
-        return None
-    return head
-
-
-def _last_hidden(model: PreTrainedModel, head: nn.Module | None, ids: Tensor) -> Tensor:
-    if head is None:
-        last: Tensor = model.base_model(input_ids=ids).last_hidden_state
-        return last
-    caught: list[Tensor] = []
-
-    def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught.append(args[0])
-        raise around.Stopped
-
-    handle = head.register_forward_pre_hook(catch)
-    try:
-        around.run_to_stop(model, ids)
-    finally:
-        handle.remove()
-    return caught[0]
-
-
-def _passing(modules: Sequence[nn.Module], output: Any) -> Mapping[nn.Module, Callable[..., Any]]:
-    """Forwards that return the same, whatever they are given."""
-    return {module: (lambda *_args, **_kwargs: output) for module in modules}

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import sketchconv
+from sketchconv.calibration.heads import final_hidden
 from sketchconv.calibration.inputs import load_tokenizer
 from sketchconv.calibration.options import Calibration
 from sketchconv.calibration.setting import make_setting
-from sketchconv.calibration.streams import Streams, final_hidden
+from sketchconv.calibration.streams import Streams
 from sketchconv.calibration.windows import text_windows
 from sketchconv.errors import CalibrationError, OutputError, RecipeError
 from sketchconv.formats.reader import SktchModel
