@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sketchconv
-from sketchconv.calibration import run, streams
+from sketchconv.calibration import streams
 from sketchconv.calibration.blocks import catch_first, find_blocks
 from sketchconv.calibration.options import Calibration
 from sketchconv.calibration.shortcuts import find_shortcut
@@ -111,10 +111,3 @@ def test_no_byte_changes_and_attention_runs_less(model, text, tmp_path, monkeypa
     monkeypatch.setattr(streams, "find_shortcut", lambda *_args: None)
     assert convert(folder, tmp_path / "whole.sktch", text, method=method) == spared
     assert 0 < few < most * sum(runs)
-
-
-def test_what_is_kept_may_lie_on_disk(llama, text, tmp_path, monkeypatch):
-    in_memory = convert(llama, tmp_path / "memory.sktch", text)
-    monkeypatch.setattr(run, "_HIDDEN_IN_MEMORY", 1)
-    assert convert(llama, tmp_path / "disk.sktch", text) == in_memory
-    assert not list(tmp_path.glob("**/*.hidden"))
