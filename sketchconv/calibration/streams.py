@@ -113,7 +113,8 @@ class Streams:
         if not self._rooms or self._rooms[0].values.shape != shape:
             self._forget()
             names, dtype = ("kept-dense", "kept-compressed"), self.dense.values.dtype
-            self._rooms = tuple(self._room_for(shape, dtype, name) for name in names)
+            spill = self._bytes + len(names) * math.prod(shape) * dtype.itemsize > self._room
+            self._rooms = tuple(self._room_for(shape, dtype, name, spill) for name in names)
         return Kept(found, *self._rooms)
 
     def advance(
@@ -189,15 +190,17 @@ class Streams:
 
     def _allocate(self, hidden: Tensor) -> None:
         shape = (len(self.windows), hidden.shape[1], hidden.shape[2])
-        size = math.prod(shape) * hidden.element_size() * (2 if self.paired else 1)
-        self.spilled = size > self._room
-        self.dense = self._room_for(shape, hidden.dtype, "dense")
+        self._bytes = math.prod(shape) * hidden.element_size() * (2 if self.paired else 1)
+        self.spilled = self._bytes > self._room
+        self.dense = self._room_for(shape, hidden.dtype, "dense", self.spilled)
         if self.paired:
-            self.compressed = self._room_for(shape, hidden.dtype, "compressed")
+            self.compressed = self._room_for(shape, hidden.dtype, "compressed", self.spilled)
 
-    def _room_for(self, shape: tuple[int, int, int], dtype: torch.dtype, name: str) -> HiddenStates:
+    def _room_for(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, name: str, spill: bool
+    ) -> HiddenStates:
         """Room for values of all windows, in memory or in a file."""
-        file = self._folder / f"{self._name}{name}.hidden" if self.spilled else None
+        file = self._folder / f"{self._name}{name}.hidden" if spill else None
         return HiddenStates(shape, dtype, file)
 
     def _learn(self, call: Call, hidden: Tensor) -> None:

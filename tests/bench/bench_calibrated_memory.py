@@ -125,7 +125,8 @@ def measure(model: Path, text: Path, out: Path, options: argparse.Namespace) -> 
     job = prepare(model, out, recipe, calibration=calibration, max_memory=limit)
     setting = make_setting(job, calibration, 0)
     width = int(setting.weights.model.config.hidden_size)
-    hidden = 2 * setting.tokens * width * setting.weights.dtype.itemsize
+    # Between blocks, and within one what attention gives; in both models.
+    hidden = 4 * setting.tokens * width * setting.weights.dtype.itemsize
     stated = {
         "before": anonymous_bytes(),
         "one block": working_memory(setting),
