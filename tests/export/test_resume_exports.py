@@ -189,7 +189,7 @@ def test_a_failing_disk_keeps_what_is_finished(model, tmp_path, whole, monkeypat
     assert content(tmp_path) == whole[form]
 
 
-def killed_while_publishing(model, out, monkeypatch):
+def killed_while_publishing(model, out, monkeypatch, **options):
     """Two parts are in place, the others are temporaries."""
     from pathlib import Path
 
@@ -211,7 +211,7 @@ def killed_while_publishing(model, out, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace)
         with pytest.raises(Killed):
-            export("gguf", model, out, threads=1)
+            export("gguf", model, out, threads=1, **options)
     for path in out.iterdir():
         path.unlink()
     for path, data in kept.items():  # as a kill would have left them
@@ -223,6 +223,14 @@ def killed_while_publishing(model, out, monkeypatch):
 def test_parts_that_were_in_place_already_are_taken_back(model, tmp_path, whole, monkeypatch):
     killed_while_publishing(model, tmp_path, monkeypatch)
     export("gguf", model, tmp_path, threads=1)
+    assert content(tmp_path) == whole["gguf"]
+
+
+def test_old_parts_do_not_stay_aside_after_a_kill(model, tmp_path, whole, monkeypatch):
+    export("gguf", model, tmp_path, threads=1)
+    killed_while_publishing(model, tmp_path, monkeypatch, force=True)
+    assert any(name.endswith(".sktch-old") for name in content(tmp_path))
+    export("gguf", model, tmp_path, threads=1, force=True)
     assert content(tmp_path) == whole["gguf"]
 
 
