@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sketchconv.errors import SourceError
 from sketchconv.export.folder import Piece
 from sketchconv.export.mlx_pairs import fit, width_of
 from sketchconv.formats.mlx_words import GROUP_SIZES, pack_words
@@ -65,7 +66,7 @@ class MlxWeight:
         """The bytes of words, scales and biases of some stored rows.
 
         Raises:
-            ValueError: the rows are not those that the plan has seen.
+            SourceError: the rows are not those that the plan has seen.
         """
         index, tables = split_rows(self.record, raw)
         step = _rows_together(self.record)
@@ -75,7 +76,10 @@ class MlxWeight:
     def _rows(self, index: U8Array, tables: npt.NDArray[Any]) -> list[Piece]:
         record, pairs = self.record, fit(self.record, tables, self.dtype)
         if pairs is None:
-            raise ValueError(f"{record.name}: the tables have changed since they were looked at")
+            raise SourceError(
+                f"{record.name}: the tables have changed since they were looked at; verify the"
+                " sketch, and run the same command again"
+            )
         codes = pairs.codes(unpack(index, record.bits, record.group_size))
         words = pack_words(codes.reshape(len(codes), -1), self.bits)
         repeats = record.group_size // self.group_size

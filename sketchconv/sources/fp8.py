@@ -149,7 +149,8 @@ def _scales_of(
         raise SourceError(
             f"{where}: {scales.name}: shape {list(scales.shape)}, expected {list(grid)}: one scale"
             f" for {' x '.join(map(str, scheme.block(info.shape)))} values of {info.name}"
-            f" {list(info.shape)}"
+            f" {list(info.shape)}; if that is as it was published, convert the bf16 checkpoint of"
+            " this model instead, else download it again"
         )
     return Scales(scales.name, scales.dtype, scheme.block(info.shape), info.shape[1])
 

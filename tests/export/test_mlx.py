@@ -265,6 +265,13 @@ def test_memory_of_a_weight_does_not_grow_with_its_tables():
     assert peak < _VALUE_BYTES * 256 * 4096
 
 
+def test_tables_that_changed_since_the_plan_are_one_clear_line():
+    weight = MlxWeight(record(4, "F16", "affine"), 4, 32, "F32")
+    tables = np.full((2, 2, 2), np.nan, np.float16)
+    with pytest.raises(SourceError, match=r"have changed since .* run the same command again"):
+        weight.pieces(bytes(2 * 32) + tables.tobytes())
+
+
 def test_free_luts_are_refused_with_the_way(models, tmp_path):
     convert(models("llama"), tmp_path / "a.sktch", Recipe(weighting="equal"))
     with pytest.raises(PlanError, match=r"14 of 14 linear weights have no exact form.*--grid"):

@@ -18,6 +18,7 @@ from sketchconv.export.run import export_gguf
 from sketchconv.pipeline import convert
 from sketchconv.sources.open import open_source
 
+WAYS = ("convert the ", "download it again", "remove it from config.json")
 UP = "model.layers.0.mlp.up_proj."
 
 
@@ -154,8 +155,9 @@ def test_what_is_not_sure_is_refused_by_name(dense, tmp_path, harm, message):
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     harm(tensors)
     write(dense, tmp_path / "m", tensors, settings("blocks"))
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError, match=message) as caught:
         open_source(str(tmp_path / "m"))
+    assert any(way in str(caught.value) for way in WAYS)
 
 
 def changed(kind, **values):
@@ -191,5 +193,6 @@ def test_schemes_that_are_not_known_are_refused_by_name(dense, tmp_path, found, 
     make_fp8(dense, tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     write(dense, tmp_path / "m", tensors, found)
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError, match=message) as caught:
         open_source(str(tmp_path / "m"))
+    assert any(way in str(caught.value) for way in WAYS)
