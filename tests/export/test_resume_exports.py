@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import signal
@@ -127,6 +128,21 @@ def test_starting_anew(model, tmp_path, whole, encoded, form):
     export(form, model, tmp_path, threads=1, resume=False)
     assert content(tmp_path) == whole[form]
     assert len(encoded) - before >= len(set(encoded))
+
+
+@pytest.mark.parametrize("first", [40_000, None], ids=["parts", "one file"])
+def test_starting_anew_in_other_parts_leaves_nothing(model, tmp_path, first):
+    sizes = [first, None if first else 40_000]
+    with pytest.raises(Suspended):
+        export("gguf", model, tmp_path, threads=1, max_shard_size=sizes[0], progress=Stop(9))
+    others = (".m-00001-of-00009.gguf.sktch-partial", ".m-00001-of-00008.gguf.sktch-partial",
+              ".m2.gguf.sktch-partial", ".m-00001-of-00008.gguf.sktch-state")  # fmt: skip
+    for name in others:
+        (tmp_path / name).write_bytes(b"other")
+    with (tmp_path / others[0]).open() as held:  # by another writer
+        fcntl.flock(held, fcntl.LOCK_EX)
+        export("gguf", model, tmp_path, threads=1, max_shard_size=sizes[1], resume=False)
+    assert {name for name in content(tmp_path) if name.startswith(".")} == set(others)
 
 
 @pytest.mark.parametrize("form", FORMS)
