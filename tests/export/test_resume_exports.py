@@ -255,8 +255,9 @@ def test_another_file_of_a_parts_name_is_left_alone(model, tmp_path, whole, monk
     data = part.read_bytes()
     other = data[:-40] + bytes(40)
     part.write_bytes(other)
-    with pytest.raises(OutputError, match="exists"):
-        export("gguf", model, tmp_path, threads=1)
+    for resume in (True, False):
+        with pytest.raises(OutputError, match="exists already; pass --force to replace it"):
+            export("gguf", model, tmp_path, threads=1, resume=resume)
     assert part.read_bytes() == other
     part.write_bytes(data)
     export("gguf", model, tmp_path, threads=1)
