@@ -130,6 +130,19 @@ def test_starting_anew(model, tmp_path, whole, encoded, form):
     assert len(encoded) - before >= len(set(encoded))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_starting_anew_forgets_at_once(model, tmp_path, whole, form):
+    """What was dropped is in nobody's way, though the new run finished nothing."""
+    other = ExportRecipe("Q4_0") if form == "gguf" else "F32"
+    with pytest.raises(Suspended):
+        export(form, model, tmp_path, recipe=other, threads=1, progress=Stop(9))
+    with pytest.raises(KeyboardInterrupt):
+        export(form, model, tmp_path, threads=1, resume=False, progress=Stop(1))
+    assert not content(tmp_path)
+    export(form, model, tmp_path, threads=1)
+    assert content(tmp_path) == whole[form]
+
+
 @pytest.mark.parametrize("first", [40_000, None], ids=["parts", "one file"])
 def test_starting_anew_in_other_parts_leaves_nothing(model, tmp_path, first):
     sizes = [first, None if first else 40_000]
