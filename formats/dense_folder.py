@@ -164,13 +164,17 @@ class DenseFolderWriter(Adopting):
     def abort(self) -> None:
         """Remove the temporary, unless it is to be kept; does nothing after a commit."""
         if self._lock >= 0:
+            self._close_files()  # first: no folder can be removed where no more files can be opened
             if not self.keep:
                 staging.discard(self.path, folder=True)
             self._close()
 
-    def _close(self) -> None:
+    def _close_files(self) -> None:
         for file in self._files:
             file.close()
+
+    def _close(self) -> None:
+        self._close_files()
         os.close(self._lock)
         self._lock = -1
 

@@ -124,8 +124,8 @@ class GgufWriter(Adopting):
         except BaseException:
             self._take_back(aside, there)
             raise
-        for old in aside.values():
-            old.unlink(missing_ok=True)
+        for path in self._files:  # also those that a killed run has moved aside
+            staging.old_path(path).unlink(missing_ok=True)
 
     def _take_back(self, aside: Mapping[Path, Path], there: list[Path]) -> None:
         """Undo what this writer renamed into place, by identity, and put old parts back."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Data = bytes | bytearray | memoryview | npt.NDArray[Any]
 _READ: Final = 1 << 22
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_MORE: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _NO_FALLOCATE: Final = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM})
 
 
@@ -208,7 +209,8 @@ def os_failures(path: Path, needed: int = 0) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise _full(path, needed, free_bytes(path.parent)) from error
-        raise OutputFailure(f"cannot write {path}: {error.strerror or error}") from error
+        way = "; choose larger shards, or raise `ulimit -n`" if error.errno in _NO_MORE else ""
+        raise OutputFailure(f"cannot write {path}: {error.strerror or error}{way}") from error
 
 
 def _full(path: Path, needed: int, free: int) -> OutputFailure:

@@ -153,6 +153,22 @@ def discard(target: Path, *, folder: bool) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard_unheld(target: Path) -> None:
+    """Remove the temporary file of an output, unless a writer holds it or it cannot be told."""
+    path = staging_path(target)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
 def write_file(folder: Path, name: str, data: bytes) -> None:
     """Write a small file of the temporary folder, and force it to the disk.
 

@@ -103,6 +103,7 @@ class _Base(Adopting):
     def abort(self) -> None:
         """Remove the temporary, unless it is to be kept. Does nothing after a commit."""
         if self._open:
+            self._close_parts()  # first: no folder can be removed where no more files can be opened
             if not self.keep:
                 staging.discard(self.path, folder=self._folder)
             self._close()
@@ -119,10 +120,13 @@ class _Base(Adopting):
         if sentinel is not None:
             part.append(sentinel, b"\0")
 
-    def _close(self) -> None:
-        self._open = False
+    def _close_parts(self) -> None:
         for part in self._parts:
             part.close()
+
+    def _close(self) -> None:
+        self._open = False
+        self._close_parts()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Protocol, TypeVar
 
 from sketchconv.errors import OutputError, Suspended, WeightError
@@ -56,5 +56,8 @@ def keeping(journal: Journal, total: int, open_writer: Callable[[bool], W]) -> I
                 raise
             raise OutputError(f"{error}; {journal.kept(total)}") from error
         finally:
+            if not writer.keep:
+                with suppress(OSError):  # nothing is left that it could tell of
+                    journal.remove()
             writer.abort()
         journal.remove()

@@ -83,10 +83,25 @@ def _of_grid(record: SketchRecord, fields: F32Array, dtype: str) -> Pairs | None
     scale, steps = fields[..., :1], own - own[0]
     minimum = fields[..., 1:] if GRIDS[record.grid].has_minimum else np.float32(0)
     bias = scale * own[0] + minimum
-    if not reproduces(scale, bias, steps, scale * own + minimum, dtype).all():
+    if _always(record, dtype):
+        if not np.isfinite(fields).all():
+            return None
+    elif not reproduces(scale, bias, steps, scale * own + minimum, dtype).all():
         return None
     order = None if np.array_equal(steps, np.arange(len(steps))) else steps.astype(np.uint8)
     return Pairs(_carried(scale[..., 0], dtype), _carried(bias[..., 0], dtype), order)
+
+
+def _always(record: SketchRecord, dtype: str) -> bool:
+    """Whether float32 gives every entry of a grid, which then need not be made: of 8 bits in groups
+    of 32 there are eight for each weight.
+
+    A float16 times a whole number below 256 is exact in float32, and so is the sum of two such
+    products; a minimum goes with levels from 0 up, where entry and MLX's value are the same sum.
+    """
+    from_zero = float(_levels(record)[0]) == 0
+    exact = record.lut_dtype == "F16" and (from_zero or not GRIDS[record.grid].has_minimum)
+    return dtype == "F32" and exact
 
 
 def _of_luts(record: SketchRecord, luts: F32Array, dtype: str) -> Pairs | None:

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from sketchconv.errors import SourceError
 from sketchconv.export.folder import Piece
 from sketchconv.export.mlx_pairs import fit, width_of
 from sketchconv.formats.mlx_words import GROUP_SIZES, pack_words
 from sketchconv.formats.packing import unpack
 from sketchconv.formats.sketches import SketchRecord
-from sketchconv.formats.tensors import TensorInfo
+from sketchconv.formats.tensors import TensorInfo, U8Array
 from sketchconv.sources.checkpoint_view import SketchCheckpoint
 from sketchconv.sources.sketch import split_rows
 
-# Table entries that are looked at together.
-_ENTRIES = 1 << 20
+# Table entries that are looked at together: 6 MB of working memory, which caches hold.
+_ENTRIES = 1 << 17
 _SCALES = ("F16", "BF16")
 
 
@@ -64,13 +66,20 @@ class MlxWeight:
         """The bytes of words, scales and biases of some stored rows.
 
         Raises:
-            ValueError: the rows are not those that the plan has seen.
+            SourceError: the rows are not those that the plan has seen.
         """
-        record = self.record
-        index, tables = split_rows(record, raw)
-        pairs = fit(record, tables, self.dtype)
+        index, tables = split_rows(self.record, raw)
+        step = _rows_together(self.record)
+        spans = (slice(at, at + step) for at in range(0, len(index), step))
+        return [piece for rows in spans for piece in self._rows(index[rows], tables[rows])]
+
+    def _rows(self, index: U8Array, tables: npt.NDArray[Any]) -> list[Piece]:
+        record, pairs = self.record, fit(self.record, tables, self.dtype)
         if pairs is None:
-            raise ValueError(f"{record.name}: the tables have changed since they were looked at")
+            raise SourceError(
+                f"{record.name}: the tables have changed since they were looked at; verify the"
+                " sketch, and run the same command again"
+            )
         codes = pairs.codes(unpack(index, record.bits, record.group_size))
         words = pack_words(codes.reshape(len(codes), -1), self.bits)
         repeats = record.group_size // self.group_size
@@ -124,11 +133,14 @@ def _exact(source: SketchCheckpoint, record: SketchRecord) -> MlxWeight | None:
     return None
 
 
+def _rows_together(record: SketchRecord) -> int:
+    return max(1, _ENTRIES // (record.groups << record.bits))
+
+
 def _fits(source: SketchCheckpoint, record: SketchRecord, dtype: str) -> bool:
-    rows, groups, _ = record.lut_info.shape
+    rows = record.shape[0]
     # The first rows alone tell most tables that do not fit.
-    step, begin = 1, 0
-    most = max(1, _ENTRIES // (groups << record.bits))
+    step, begin, most = 1, 0, _rows_together(record)
     while begin < rows:
         end = min(begin + step, rows)
         if fit(record, source.tables(record.name, begin, end), dtype) is None:

@@ -1,15 +1,16 @@
-"""Parts of a GGUF export that was killed while it put them in place one by one."""
+"""Parts of a GGUF export that a former run has put in place, or left under other names."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sketchconv.formats.part import feed, os_failures
-from sketchconv.formats.staging import open_file, staging_path
+from sketchconv.formats.staging import SUFFIX, discard_unheld, open_file, staging_path
 from sketchconv.journal import journal_path
 
 if TYPE_CHECKING:
@@ -45,6 +46,22 @@ def recall(job: GgufJob, journal: Journal) -> None:
                     path.replace(staging_path(path))
     finally:
         os.close(lock)
+
+
+def drop_strays(output: Path, layouts: Mapping[str, FileLayout]) -> None:
+    """Remove what a run that is not gone on with has left of an output in other parts.
+
+    Their temporaries have other names than those of this run, and the size of the whole model.
+    """
+    absolute = output.absolute()
+    part = rf"{re.escape(absolute.stem)}-\d{{5}}-of-\d{{5}}\.gguf"
+    known = re.compile(rf"\.({re.escape(absolute.name)}|{part}){re.escape(SUFFIX)}", re.ASCII)
+    found = (known.fullmatch(path.name) for path in absolute.parent.iterdir())
+    for name in [match[1] for match in found if match is not None]:
+        target = absolute.parent / name
+        # One that has a journal of its own is another output.
+        if name not in layouts and (name == absolute.name or not journal_path(target).exists()):
+            discard_unheld(target)
 
 
 def _holds(path: Path, layout: FileLayout, journal: Journal) -> bool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from sketchconv.export.fingerprints import gguf_fingerprint
 from sketchconv.export.importance import Vector, is_weighted, measure_importance, summary
-from sketchconv.export.job import GgufJob, prepare_gguf
-from sketchconv.export.recall import recall
+from sketchconv.export.job import GgufJob, check_outputs, prepare_gguf
+from sketchconv.export.recall import drop_strays, recall
 from sketchconv.export.recipe import ExportRecipe
 from sketchconv.export.report import ExportReport
 from sketchconv.export.rows import tasks
@@ -79,7 +79,13 @@ def run(
     started, peak = time.perf_counter(), 0
     try:
         journal = Journal(job.output, gguf_fingerprint(job), resume=resume)
-        recall(job, journal)
+        if journal.resumes:
+            recall(job, journal)
+        else:
+            drop_strays(job.output, job.layouts)
+        # Once more: parts that a killed run put in place are no obstacle, what is left of them is.
+        folder = job.output.absolute().parent
+        check_outputs(folder, job.layouts, job.reader.paths, force=job.overwrite)
         total = len(job.plan.steps)
         with keeping(journal, total, lambda resumes: job.writer(resume=resumes)) as writer:
             # The disk has been reserved by now: a text may take hours to be read.

@@ -48,8 +48,9 @@ class Fp8Checkpoint(CheckpointSource):
     """A checkpoint of float8_e4m3fn weights with scales: per block, row or tensor.
 
     Such a weight is dense and F32 in `infos`: its values are code times scale in float32. `rows`
-    gives for each row its codes and behind them its scales. Scales have no names of their own here,
-    and those of activations and of the cache are left out. All else is as in a `CheckpointSource`.
+    gives for each row its codes, its scales and the columns that share one. Scales have no names of
+    their own here, and those of activations and of the cache are left out. All else is as in a
+    `CheckpointSource`.
 
     Raises:
         SourceError: also a scheme that is not known, a weight without scales or with scales of
@@ -77,7 +78,7 @@ class Fp8Checkpoint(CheckpointSource):
         return stored_info(info, self.id)
 
     def rows(self, name: str, begin: int, end: int) -> bytes:
-        """Rows [begin, end): of a scaled weight each row's codes, and behind them its scales."""
+        """Rows [begin, end): of a scaled weight see `Scales.beside`."""
         raw, scales = super().rows(name, begin, end), self._scales.get(name)
         if scales is None or begin == end:
             return raw
@@ -149,7 +150,8 @@ def _scales_of(
         raise SourceError(
             f"{where}: {scales.name}: shape {list(scales.shape)}, expected {list(grid)}: one scale"
             f" for {' x '.join(map(str, scheme.block(info.shape)))} values of {info.name}"
-            f" {list(info.shape)}"
+            f" {list(info.shape)}; if that is as it was published, convert the bf16 checkpoint of"
+            " this model instead, else download it again"
         )
     return Scales(scales.name, scales.dtype, scheme.block(info.shape), info.shape[1])
 

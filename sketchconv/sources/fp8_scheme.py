@@ -130,7 +130,8 @@ def _sizes(value: Any, key: str, where: str) -> tuple[int, int]:
     known = isinstance(value, list) and len(value) == 2
     if not known or not all(type(size) is int and 0 < size < 1 << 31 for size in value):
         raise SourceError(
-            f"{where}: {key} must be two positive integers, rows and columns, got {value!r:.80}"
+            f"{where}: {key} must be two positive integers, rows and columns, got {value!r:.80};"
+            f" {_ADVICE}"
         )
     return value[0], value[1]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from sketchconv.formats.tensors import DTYPES, U8Array, carried_to_f32
 from sketchconv.sources.base import Float32
+
+_COLUMNS: Final = 4  # bytes behind a row's scales: how many columns share one
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,10 @@ class Scales:
         return begin // self.block[0] * self.row_bytes, -(-end // self.block[0]) * self.row_bytes
 
     def beside(self, raw: bytes, scales: bytes, begin: int) -> bytes:
-        """Each row's codes and behind them its scales, so that rows do not depend on blocks.
+        """Each row's codes, its scales, and how many columns share one: all that decides it.
+
+        So a digest of rows depends neither on how they are cut, nor misses another block size that
+        makes as many scales.
 
         Args:
             raw: codes of rows that begin with row `begin` of the weight.
@@ -46,12 +52,14 @@ class Scales:
         codes = np.frombuffer(raw, np.uint8).reshape(-1, self.width)
         rows = (begin + np.arange(len(codes))) // self.block[0] - begin // self.block[0]
         own = np.frombuffer(scales, np.uint8).reshape(-1, self.row_bytes)[rows]
-        return np.concatenate([codes, own], axis=1).tobytes()
+        columns = np.full((len(codes), 1), min(self.block[1], self.width), "<u4").view(np.uint8)
+        return np.concatenate([codes, own, columns], axis=1).tobytes()
 
     def values(self, raw: bytes) -> Float32:
         """float32 ``[rows, in]`` of what `beside` gives: code times scale, rounded once."""
         from sketchconv.kernels.float8 import scaled
 
-        rows: U8Array = np.frombuffer(raw, np.uint8).reshape(-1, self.width + self.row_bytes)
-        own = np.ascontiguousarray(rows[:, self.width :]).view(DTYPES[self.dtype].numpy)
+        end = self.width + self.row_bytes
+        rows: U8Array = np.frombuffer(raw, np.uint8).reshape(-1, end + _COLUMNS)
+        own = np.ascontiguousarray(rows[:, self.width : end]).view(DTYPES[self.dtype].numpy)
         return scaled(rows, self.width, carried_to_f32(own, self.dtype), self.block[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import tracemalloc
 from unittest.mock import patch
 
 import numpy as np
@@ -14,8 +15,10 @@ from tiny import make_model
 import sketchconv
 from sketchconv.cli.main import cli
 from sketchconv.errors import PlanError, ResumeError, SourceError, Suspended
+from sketchconv.export.folder import _VALUE_BYTES
 from sketchconv.export.mlx_config import mlx_config
 from sketchconv.export.mlx_pairs import fit, reproduces, width_of
+from sketchconv.export.mlx_plan import MlxWeight
 from sketchconv.formats import grids
 from sketchconv.formats.mlx_words import WIDTHS, pack_words
 from sketchconv.formats.reader import SktchModel
@@ -230,6 +233,43 @@ def test_what_depends_on_how_a_kernel_rounds_is_not_exact():
     assert not reproduces(*given, "F16")
     assert reproduces(*given, "F32")
     assert not reproduces(np.float32(1e38), np.float32(0), np.float32(15), np.float32(1), "F32")
+
+
+@pytest.mark.parametrize(("grid", "bits"), FORMS)
+def test_float32_gives_every_entry_of_a_grid(grid, bits):
+    """What is taken without a look is what a look at every entry would give."""
+    known = record(bits, "F16", grid)
+    scales = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, 64)
+    scales = np.where(np.isfinite(scales), scales, 1)[::7]
+    fields = [scales, np.roll(scales, 5, axis=1)][: grids.GRIDS[grid].fields]
+    tables = np.stack(fields, axis=-1)
+    pairs = fit(known, tables, "F32")
+    steps = np.arange(1 << bits) if pairs.order is None else pairs.order
+    values = (pairs.scales[..., None], pairs.biases[..., None], steps.astype(np.float32))
+    assert reproduces(*values, grids.expand(tables, grid, bits), "F32").all()
+    for broken in (np.inf, np.nan):
+        tables[3, 4, -1] = broken
+        assert fit(known, tables, "F32") is None
+
+
+def test_memory_of_a_weight_does_not_grow_with_its_tables():
+    """Eight entries for each weight, twelve bytes and more for each of them."""
+    known = SketchRecord("a.weight", (256, 4096), "F32", 8, 128, "F16", "symmetric")
+    weight = MlxWeight(known, 8, 32, "F32")
+    raw = bytes(256 * 4096) + np.ones((256, 128), np.float16).tobytes()
+    tracemalloc.start()
+    pieces = weight.pieces(raw)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(len(data) for _, data in pieces) == sum(info.nbytes for info in weight.infos)
+    assert peak < _VALUE_BYTES * 256 * 4096
+
+
+def test_tables_that_changed_since_the_plan_are_one_clear_line():
+    weight = MlxWeight(record(4, "F16", "affine"), 4, 32, "F32")
+    tables = np.full((2, 2, 2), np.nan, np.float16)
+    with pytest.raises(SourceError, match=r"have changed since .* run the same command again"):
+        weight.pieces(bytes(2 * 32) + tables.tobytes())
 
 
 def test_free_luts_are_refused_with_the_way(models, tmp_path):

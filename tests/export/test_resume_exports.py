@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import signal
@@ -130,6 +131,34 @@ def test_starting_anew(model, tmp_path, whole, encoded, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_starting_anew_forgets_at_once(model, tmp_path, whole, form):
+    """What was dropped is in nobody's way, though the new run finished nothing."""
+    other = ExportRecipe("Q4_0") if form == "gguf" else "F32"
+    with pytest.raises(Suspended):
+        export(form, model, tmp_path, recipe=other, threads=1, progress=Stop(9))
+    with pytest.raises(KeyboardInterrupt):
+        export(form, model, tmp_path, threads=1, resume=False, progress=Stop(1))
+    assert not content(tmp_path)
+    export(form, model, tmp_path, threads=1)
+    assert content(tmp_path) == whole[form]
+
+
+@pytest.mark.parametrize("first", [40_000, None], ids=["parts", "one file"])
+def test_starting_anew_in_other_parts_leaves_nothing(model, tmp_path, first):
+    sizes = [first, None if first else 40_000]
+    with pytest.raises(Suspended):
+        export("gguf", model, tmp_path, threads=1, max_shard_size=sizes[0], progress=Stop(9))
+    others = (".m-00001-of-00009.gguf.sktch-partial", ".m-00001-of-00008.gguf.sktch-partial",
+              ".m2.gguf.sktch-partial", ".m-00001-of-00008.gguf.sktch-state")  # fmt: skip
+    for name in others:
+        (tmp_path / name).write_bytes(b"other")
+    with (tmp_path / others[0]).open() as held:  # by another writer
+        fcntl.flock(held, fcntl.LOCK_EX)
+        export("gguf", model, tmp_path, threads=1, max_shard_size=sizes[1], resume=False)
+    assert {name for name in content(tmp_path) if name.startswith(".")} == set(others)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_damaged_leftovers_are_made_again(model, tmp_path, whole, form):
     with pytest.raises(Suspended):
         export(form, model, tmp_path, threads=1, progress=Stop(13))
@@ -189,7 +218,7 @@ def test_a_failing_disk_keeps_what_is_finished(model, tmp_path, whole, monkeypat
     assert content(tmp_path) == whole[form]
 
 
-def killed_while_publishing(model, out, monkeypatch):
+def killed_while_publishing(model, out, monkeypatch, **options):
     """Two parts are in place, the others are temporaries."""
     from pathlib import Path
 
@@ -211,7 +240,7 @@ def killed_while_publishing(model, out, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace)
         with pytest.raises(Killed):
-            export("gguf", model, out, threads=1)
+            export("gguf", model, out, threads=1, **options)
     for path in out.iterdir():
         path.unlink()
     for path, data in kept.items():  # as a kill would have left them
@@ -226,13 +255,22 @@ def test_parts_that_were_in_place_already_are_taken_back(model, tmp_path, whole,
     assert content(tmp_path) == whole["gguf"]
 
 
+def test_old_parts_do_not_stay_aside_after_a_kill(model, tmp_path, whole, monkeypatch):
+    export("gguf", model, tmp_path, threads=1)
+    killed_while_publishing(model, tmp_path, monkeypatch, force=True)
+    assert any(name.endswith(".sktch-old") for name in content(tmp_path))
+    export("gguf", model, tmp_path, threads=1, force=True)
+    assert content(tmp_path) == whole["gguf"]
+
+
 def test_another_file_of_a_parts_name_is_left_alone(model, tmp_path, whole, monkeypatch):
     part = killed_while_publishing(model, tmp_path, monkeypatch)
     data = part.read_bytes()
     other = data[:-40] + bytes(40)
     part.write_bytes(other)
-    with pytest.raises(OutputError, match="exists"):
-        export("gguf", model, tmp_path, threads=1)
+    for resume in (True, False):
+        with pytest.raises(OutputError, match="exists already; pass --force to replace it"):
+            export("gguf", model, tmp_path, threads=1, resume=resume)
     assert part.read_bytes() == other
     part.write_bytes(data)
     export("gguf", model, tmp_path, threads=1)

@@ -4,12 +4,14 @@ import errno
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sketchconv.formats import part, staging
+from sketchconv.formats.dense_folder import DenseFolderWriter, dense_layouts
 from sketchconv.formats.digest import tensor_digest
 from sketchconv.formats.errors import OutputFailure, SketchconvError
 from sketchconv.formats.reader import SktchFile, SktchModel
 from sketchconv.formats.strict_json import Fixed, Limits, loads
+from sketchconv.formats.tensors import TensorInfo
 from sketchconv.formats.validate import validate
 from sketchconv.formats.writer import (
     BundleWriter,
@@ -560,3 +564,35 @@ def test_no_descriptor_leaks(tmp_path, toy):
         with pytest.raises(KeyboardInterrupt), BundleWriter(tmp_path / "x", toy.draft, {}):
             raise KeyboardInterrupt
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@contextmanager
+def few_descriptors(left):
+    """So many more files can be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most + 1 + left, hard))
+    taken = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(left):
+            os.close(taken.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("form", ["sketch", "dense"])
+def test_too_many_shards_for_the_system_are_told_and_leave_nothing(tmp_path, toy, form):
+    layouts = dense_layouts([TensorInfo(f"t{i}", "F32", (4,)) for i in range(20)], 1)
+    write = {
+        "sketch": lambda path: toy.folder(path, 1),
+        "dense": lambda path: DenseFolderWriter(path, layouts, {}),
+    }[form]
+    with few_descriptors(4), pytest.raises(OutputFailure, match="files; choose larger shards"):
+        write(tmp_path / "m")
+    assert names(tmp_path) == []

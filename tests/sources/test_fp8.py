@@ -11,13 +11,14 @@ from fp8_layouts import CODES, KINDS, make_fp8, settings, write
 from safetensors.torch import load_file
 from tiny import make_model
 
-from sketchconv.errors import SourceError, WeightError
+from sketchconv.errors import ResumeError, SourceError, Suspended, WeightError
 from sketchconv.export.dense import export_dense
 from sketchconv.export.recipe import ExportRecipe
 from sketchconv.export.run import export_gguf
 from sketchconv.pipeline import convert
 from sketchconv.sources.open import open_source
 
+WAYS = ("convert the ", "download it again", "remove it from config.json")
 UP = "model.layers.0.mlp.up_proj."
 
 
@@ -50,6 +51,22 @@ def test_values_are_code_times_scale_however_they_are_read(dense, tmp_path, kind
             assert source.stored(name, whole) == found.tobytes()
         assert "quantization_config" not in source.config()
         assert "quantization_config" not in json.loads(source.files()["config.json"])
+
+
+def test_an_interrupted_conversion_sees_another_block_size(dense, tmp_path):
+    """Both give two scales for 160 columns, and other values."""
+    make_fp8(dense, tmp_path / "m")
+
+    def stop(event):
+        if event.name == "model.norm.weight":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Suspended):
+        convert(tmp_path / "m", tmp_path / "m.sktch", progress=stop)
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    write(dense, tmp_path / "m", tensors, changed("blocks", weight_block_size=[128, 96]))
+    with pytest.raises(ResumeError, match=r"down_proj\.weight: the source has other values"):
+        convert(tmp_path / "m", tmp_path / "m.sktch")
 
 
 def test_all_outputs_are_those_of_the_dense_values(dense, tmp_path):
@@ -154,8 +171,9 @@ def test_what_is_not_sure_is_refused_by_name(dense, tmp_path, harm, message):
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     harm(tensors)
     write(dense, tmp_path / "m", tensors, settings("blocks"))
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError, match=message) as caught:
         open_source(str(tmp_path / "m"))
+    assert any(way in str(caught.value) for way in WAYS)
 
 
 def changed(kind, **values):
@@ -191,5 +209,6 @@ def test_schemes_that_are_not_known_are_refused_by_name(dense, tmp_path, found, 
     make_fp8(dense, tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     write(dense, tmp_path / "m", tensors, found)
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError, match=message) as caught:
         open_source(str(tmp_path / "m"))
+    assert any(way in str(caught.value) for way in WAYS)
