@@ -2,8 +2,9 @@
 
 Every row compresses the same dense model, calibrated on the same text, and is measured with the
 same windows of two other texts: one of the calibration's domain, and Python's licence and sources.
-Methods are ranked by their KL to the dense model. Finished rows are kept in a file, so that a run
-can be stopped and taken up again.
+Methods are ranked by their KL to the dense model. Finished rows are kept in `methods.jsonl`, beside
+this file, with the machine that made them: a run can be stopped and taken up again, and goes on
+with what is missing there. With `--results` of one's own everything is measured anew.
 
     python tests/bench/bench_methods.py --calibration wikitext2-valid.txt --text wikitext2-test.txt
         [--bits 4 3 2] [--groups 1 4] [--only 'sketch*' ...] [--device cuda] [--plot table.png]
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
-from dithered import CACHE, dense_model, other_domain
+from dithered import dense_model, other_domain
 from peers import PEERS, apply
 
 AFFINE = ("rtn", "gptq")
@@ -113,6 +114,7 @@ class Bench:
             "bits_per_weight": bits_per_weight,
             "seconds": seconds,
             "device": self.options.device,
+            "machine": self._machine(),
             "texts": {text.text: asdict(text) for text in measured.texts},
             "layers": measured.layers,
             "dense": own,
@@ -139,6 +141,16 @@ class Bench:
             self.dense, out, recipe, threads=self.options.threads, **options
         )
         return sketchconv.load(out), stored_bits(report, affine=row.name in AFFINE)
+
+    def _machine(self) -> str:
+        """The processor and its threads, or the GPU."""
+        import torch
+
+        from sketchconv.machine import find_machine
+
+        if torch.device(self.options.device).type == "cuda":
+            return torch.cuda.get_device_name(self.options.device)
+        return f"{find_machine().cpu}, {torch.get_num_threads()} threads"
 
     def _calibration(self, row: Row) -> Any:
         method, text, recovered = METHODS[row.name]
@@ -238,7 +250,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--results", type=Path, default=CACHE.parent / "methods.jsonl")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("methods.jsonl"))
     parser.add_argument("--plot", type=Path, help="draw size against KL, .png or .svg")
     return parser.parse_args()
 
