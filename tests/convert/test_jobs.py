@@ -135,8 +135,9 @@ def gguf(folder):
     from sketchconv.export.recipe import ExportRecipe
     from sketchconv.export.run import export_gguf
 
-    export_gguf(make_model(folder, "llama"), folder / "m.gguf", ExportRecipe("Q8_0"))
-    return folder / "m.gguf"
+    path = folder.parent / "source.gguf"
+    export_gguf(make_model(folder, "llama"), path, ExportRecipe("Q8_0"))
+    return path
 
 
 @pytest.mark.slow
