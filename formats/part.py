@@ -39,6 +39,16 @@ class Part:
         self._fd = fd
         self._written = dict.fromkeys(layout.infos, 0)
         self._hashes = {name: tensor_hash(info) for name, info in layout.infos.items()}
+        self._settled: dict[str, str] = {}
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the file; -1 once it is closed."""
+        return self._fd
+
+    def settle(self, name: str, digest: str) -> None:
+        """Take a tensor as written, by another process that tells its digest."""
+        self._settled[name], self._written[name] = digest, self.layout.infos[name].nbytes
 
     def adopt(self, name: str, digest: str) -> bool:
         """Take a tensor that the file holds already, if its bytes have this digest.
@@ -59,11 +69,12 @@ class Part:
 
     def forget(self, name: str) -> None:
         """Let a tensor be written again from its start."""
+        self._settled.pop(name, None)
         self._hashes[name], self._written[name] = tensor_hash(self.layout.infos[name]), 0
 
     def digest(self, name: str) -> str:
         """The digest of what a tensor holds so far."""
-        return self._hashes[name].hexdigest()
+        return self._settled.get(name) or self._hashes[name].hexdigest()
 
     def append(self, name: str, data: Data) -> None:
         """Write the next bytes of a tensor.
@@ -91,7 +102,7 @@ class Part:
         for name, info in self.layout.infos.items():
             if self._written[name] != info.nbytes:
                 raise ValueError(f"{name}: {self._written[name]} of {info.nbytes} bytes were given")
-        digests = {name: running.hexdigest() for name, running in self._hashes.items()}
+        digests = {name: self.digest(name) for name in self.layout.infos}
         manifest = self.layout.results(digests, results)
         manifest.check(self.path.name)
         header = self.layout.header(manifest)

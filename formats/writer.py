@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Protocol
 
 from sketchconv.formats import staging
-from sketchconv.formats.adopting import Adopting
 from sketchconv.formats.draft import Draft, Layout, Results, bundle_layout, bundle_size
 from sketchconv.formats.part import Data, Part, allocated, check_space, os_failures
 from sketchconv.formats.sharding import folder_files, folder_layouts, folder_sizes
+from sketchconv.formats.shared import Parts
 
 __all__ = [
     "BundleWriter",
@@ -43,7 +43,7 @@ class Writer(Protocol):
         """Remove the temporary; nothing is left."""
 
 
-class _Base(Adopting):
+class _Base(Parts):
     """The life of an output: open, append, then commit or abort.
 
     Attributes:
@@ -56,14 +56,11 @@ class _Base(Adopting):
         super().__init__(keep=resume)
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 (Path.resolve would follow links)
         self._overwrite = overwrite
-        self._parts: list[Part] = []
-        self._owner: dict[str, Part] = {}
-        self._lock = -1
         self._open = True
 
     def _file_of(self, name: str) -> Part:
         self._check_open()
-        return self._owner[name]
+        return super()._file_of(name)
 
     def append(self, name: str, data: Data) -> None:
         """Write the next bytes of a stored tensor.
@@ -114,8 +111,7 @@ class _Base(Adopting):
 
     def _begin(self, part: Part) -> None:
         sentinel = part.layout.manifest.sentinel
-        self._parts.append(part)
-        self._owner.update(dict.fromkeys(part.layout.infos, part))
+        self._add(part)
         part.reserve()
         if sentinel is not None:
             part.append(sentinel, b"\0")

@@ -76,9 +76,10 @@ def _run(
         recovery = _recover(job, calibrated, recover, threads, progress)
     report = dataclasses.replace(calibrated.report, recovery=recovery)
     with job.writer() as writer:
-        work = write(Worker(job.renewed(), writer, threads, calibrated.weights()), progress)
+        worker = Worker(job.renewed(), writer, threads, calibrated.weights())
+        write(worker, writer, progress)
     calibrated.state.remove()
-    return work.report(time.perf_counter() - started, report)
+    return worker.report(time.perf_counter() - started, report)
 
 
 def check_disk(job: Job) -> None:
@@ -107,7 +108,7 @@ def _recover(
 
     draft = calibrated.state.folder / _DRAFT
     with job.draft_writer(draft) as writer:
-        write(Worker(job.renewed(), writer, threads, calibrated.weights()), progress)
+        write(Worker(job.renewed(), writer, threads, calibrated.weights()), writer, progress)
     tick = _ticker("recover", progress)
     with torch_threads(threads):
         return recover_draft(job, calibrated, draft, tokens, tick)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -54,15 +54,16 @@ def row_chunks(step: Step, budget: int) -> Iterator[Chunk]:
         yield Chunk(step, begin, end, last=end == rows)
 
 
-def read_ahead(items: Iterable[T], fetch: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+def read_ahead(items: Iterable[T | None], fetch: Callable[[T], R]) -> Iterator[tuple[T, R]]:
     """Yield ``(item, fetch(item))`` in order; the next fetch runs while the caller works.
 
-    An exception of `fetch` is raised at its item. At most two results are alive.
+    An exception of `fetch` is raised at its item. At most two results are alive. A None among the
+    items stands for "nothing more for now": what was fetched is then yielded at once.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="sketchconv-read") as pool:
         pending = None
         for item in items:
-            following = (item, pool.submit(fetch, item))
+            following = None if item is None else (item, pool.submit(fetch, item))
             if pending is not None:
                 yield pending[0], pending[1].result()
             pending = following
@@ -86,10 +87,20 @@ class SourceDigest:
 
     def hexdigest(self, steps: Iterable[Step]) -> str:
         """Digest over name, dtype, shape and content of every tensor read, by name."""
-        total = hashlib.sha256()
-        for step in sorted(steps, key=lambda s: s.name):
-            if step.name in self._open:
-                shape = ",".join(map(str, step.info.shape))
-                line = f"{step.name}\0{step.info.dtype}\0{shape}\0"
-                total.update(line.encode() + self._open[step.name].digest())
-        return total.hexdigest()
+        return total_digest(steps, {name: run.hexdigest() for name, run in self._open.items()})
+
+
+def total_digest(steps: Iterable[Step], digests: Mapping[str, str]) -> str:
+    """Digest over name, dtype, shape and content of tensors, by name.
+
+    Args:
+        steps: what is known of them.
+        digests: SHA-256 of the content of those that count, hexadecimal, by name.
+    """
+    total = hashlib.sha256()
+    for step in sorted(steps, key=lambda s: s.name):
+        if step.name in digests:
+            shape = ",".join(map(str, step.info.shape))
+            line = f"{step.name}\0{step.info.dtype}\0{shape}\0"
+            total.update(line.encode() + bytes.fromhex(digests[step.name]))
+    return total.hexdigest()

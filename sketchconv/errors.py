@@ -16,6 +16,7 @@ __all__ = [
     "LoadError",
     "OutputError",
     "PlanError",
+    "ProcessError",
     "ProjectionError",
     "RecipeError",
     "ResumeError",
@@ -58,6 +59,10 @@ class ResumeError(SketchconvError):
 
 class Suspended(KeyboardInterrupt):
     """An interrupt that left finished work on the disk; its text says how to go on."""
+
+
+class ProcessError(SketchconvError):
+    """One of several processes of a conversion ended by itself: killed, or out of memory."""
 
 
 class WeightError(SketchconvError):

@@ -12,6 +12,7 @@ from sketchconv.chunks import row_memory
 from sketchconv.document import make_draft, output_sizes, with_config, with_dtype
 from sketchconv.errors import OutputError, RecipeError, SourceError
 from sketchconv.memory import chunk_budget, left_beside
+from sketchconv.parallel.checks import check_jobs, check_shareable
 from sketchconv.plan import Plan
 from sketchconv.ready import check_ready, most_common_spec, ready_records
 from sketchconv.recipe import Recipe
@@ -45,6 +46,9 @@ class Job:
     overwrite: bool
     calibration: Calibration | None = None
     max_memory: int | None = None
+    place: Path = Path()  # where the source lies on this machine
+    imports: ImportOptions | None = None
+    jobs: int = 1
 
     @property
     def bundle(self) -> bool:
@@ -96,6 +100,7 @@ def prepare(
     force: bool = False,
     calibration: Calibration | None = None,
     imports: ImportOptions | None = None,
+    jobs: int = 1,
 ) -> Job:
     """Open the source and decide everything that can be decided from metadata.
 
@@ -110,6 +115,7 @@ def prepare(
     if not str(src) or not str(out):
         raise SourceError("the source and the output must not be empty")
     output = Path(out)
+    check_jobs(jobs)
     _check_suffix(output)
     if calibration is not None:
         _check_calibration(calibration, recipe)
@@ -124,6 +130,7 @@ def prepare(
         plan = make_plan(source.infos, model, recipe, equal_tensors=ties, ready=ready)
         _check_shaped(plan, calibration)
         moments = _moments(source, config, recipe, calibration)
+        check_shareable(jobs, recipe, moments, calibration)
         draft = make_draft(source, plan, recipe, moments, calibration)
         spec = most_common_spec(ready) or recipe.default
         files = with_config(source.files(), with_dtype(config, source), spec)
@@ -147,6 +154,10 @@ def prepare(
         force,
         calibration,
         max_memory,
+        # What was downloaded is opened by other processes from its folder.
+        Path(src).expanduser().absolute() if source.revision is None else source.paths[0],
+        imports,
+        jobs,
     )
 
 

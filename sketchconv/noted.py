@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 from sketchconv.errors import ResumeError
 
 if TYPE_CHECKING:
-    from sketchconv.journal import Entry, Journal
+    from sketchconv.formats.part import Data
+    from sketchconv.journal import Entry
     from sketchconv.plan import Step
 
 _SOURCE = "the source has"
@@ -27,6 +28,22 @@ class Store(Protocol):
         """The digest of what a stored tensor holds so far."""
 
 
+class TensorWriter(Store, Protocol):
+    """A writer of stored tensors."""
+
+    def append(self, name: str, data: Data) -> None:
+        """Write the next bytes of a stored tensor."""
+
+
+class Known(Protocol):
+    """A journal, or what stands for it in another process."""
+
+    finished: dict[str, Entry]
+
+    def add(self, entry: Entry) -> None:
+        """Note a finished tensor."""
+
+
 class Noted:
     """The finished tensors of one job.
 
@@ -38,7 +55,7 @@ class Noted:
     """
 
     def __init__(
-        self, journal: Journal | None, writer: Store, output: Path, origin: str = _SOURCE
+        self, journal: Known | None, writer: Store, output: Path, origin: str = _SOURCE
     ) -> None:
         self._journal, self._writer = journal, writer
         self._output, self._origin = output, origin

@@ -11,6 +11,7 @@ from sketchconv.plan import Plan, Step
 
 if TYPE_CHECKING:
     from sketchconv.calibration.report import CalibrationReport
+    from sketchconv.job import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,17 @@ class TensorResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Costs:
+    """What a conversion took; see `Report`."""
+
+    seconds: float
+    solve_seconds: float
+    compile_seconds: float
+    peak_anonymous: int
+    jobs: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The outcome of one conversion; sizes in bytes, times in seconds.
 
@@ -43,10 +55,12 @@ class Report:
         source_bytes: tensor bytes in the source, as stored there.
         output_bytes: bytes on disk.
         seconds: wall time of the conversion.
-        solve_seconds: wall time inside the solver.
+        solve_seconds: wall time inside the solver, added up over the processes.
         compile_seconds: wall time to compile the solver, or to read it from its cache.
-        peak_anonymous: highest anonymous memory seen, in bytes.
+        peak_anonymous: highest anonymous memory seen, in bytes; of several processes the sum of
+            each one's highest.
         calibration: what it did, where there was one.
+        jobs: processes that the work was shared among.
     """
 
     source: str
@@ -61,6 +75,7 @@ class Report:
     compile_seconds: float
     peak_anonymous: int
     calibration: CalibrationReport | None = None
+    jobs: int = 1
 
     @property
     def parameters(self) -> int:
@@ -108,10 +123,42 @@ class Report:
             "solve_seconds": self.solve_seconds,
             "compile_seconds": self.compile_seconds,
             "peak_anonymous_bytes": self.peak_anonymous,
+            "jobs": self.jobs,
             "calibration": self.calibration.to_json() if self.calibration else None,
             "errors": {r.name: r.relative_error for r in self.results},
             "steps": [step_json(step) for step in self.plan.steps],
         }
+
+
+def result_of(step: Step, squared_error: float, squared_norm: float) -> TensorResult:
+    """The outcome of one sketched weight."""
+    record = step.record
+    bits, groups = (record.bits, record.groups) if record else (0, 0)
+    return TensorResult(step.name, bits, groups, step.parameters, squared_error, squared_norm)
+
+
+def make_report(
+    job: Job,
+    results: Sequence[TensorResult],
+    costs: Costs,
+    calibration: CalibrationReport | None = None,
+) -> Report:
+    """The report of a job that is done."""
+    return Report(
+        source=job.source.id,
+        output=str(job.output),
+        plan=job.plan,
+        weighting=job.moments.description,
+        results=tuple(results),
+        source_bytes=job.source.nbytes,
+        output_bytes=job.output_bytes,
+        seconds=costs.seconds,
+        solve_seconds=costs.solve_seconds,
+        compile_seconds=costs.compile_seconds,
+        peak_anonymous=costs.peak_anonymous,
+        calibration=calibration,
+        jobs=costs.jobs,
+    )
 
 
 def stored_parameters(steps: Sequence[Step]) -> int:

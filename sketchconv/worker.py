@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from sketchconv.chunks import Chunk, SourceDigest, read_ahead, row_chunks
 from sketchconv.finite import check_finite, without_infinity
+from sketchconv.formats.draft import Results
 from sketchconv.formats.manifest import SketchRecord
 from sketchconv.job import Job
 from sketchconv.memory import anonymous_bytes
 from sketchconv.noted import Noted, stored_names
 from sketchconv.plan import Step
-from sketchconv.recipe import Recipe
-from sketchconv.report import Report, TensorResult, stored_parameters
+from sketchconv.report import Costs, Report, TensorResult, make_report, result_of, stored_parameters
 from sketchconv.sketching import (
     SketchedRows,
+    compile_solver,
     finished_rows,
     fitted_rows,
     method_rows,
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from sketchconv.calibration.methods import Method
     from sketchconv.calibration.report import CalibrationReport
     from sketchconv.calibration.state import FinishedWeights
-    from sketchconv.formats.writer import BundleWriter, FolderWriter
-    from sketchconv.journal import Entry, Journal
+    from sketchconv.journal import Entry
+    from sketchconv.noted import Known, TensorWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +63,16 @@ class _Tally:
         return math.fsum(self.squared_error), math.fsum(self.squared_norm)
 
 
-def _result(step: Step, squared_error: float, squared_norm: float) -> TensorResult:
-    record = step.record
-    bits, groups = (record.bits, record.groups) if record else (0, 0)
-    return TensorResult(step.name, bits, groups, step.parameters, squared_error, squared_norm)
-
-
 class Worker:
     """The state of one running job: sums, digests, times."""
 
     def __init__(
         self,
         job: Job,
-        writer: BundleWriter | FolderWriter,
+        writer: TensorWriter,
         threads: int | None,
         finished: FinishedWeights | None = None,
-        journal: Journal | None = None,
+        journal: Known | None = None,
     ) -> None:
         self.job = job
         self.source = Matrices(job.source, job.plan.forms)
@@ -103,9 +98,19 @@ class Worker:
         total, done = stored_parameters(steps), 0
         yield Progress("preparing kernels (compiled once per machine)", "compile", 0, total)
         if not self.job.plan.ready:
-            self.compile_seconds = _compile(self.job.recipe)
+            self.compile_seconds = compile_solver(self.job.recipe)
         yield Progress("reading", "read", 0, total)
         chunks = chain.from_iterable(row_chunks(step, self.job.budget) for step in steps)
+        for chunk in self.work(chunks):
+            done += chunk.weights
+            yield Progress(chunk.step.name, chunk.step.action, done, total)
+
+    def work(self, chunks: Iterable[Chunk | None]) -> Iterator[Chunk]:
+        """Carry out chunks, those of a tensor in order; each is given back when it is done.
+
+        Args:
+            chunks: see `read_ahead` for None.
+        """
         for chunk, raw in read_ahead(chunks, self._fetch):
             if chunk.begin == 0:
                 self._entry = self._noted.take(chunk.step.name, stored_names(chunk.step))
@@ -117,35 +122,19 @@ class Worker:
                 self._copy(chunk, raw)
             if chunk.last:
                 self._finish(chunk.step)
-            done += chunk.weights
             self.peak = max(self.peak, anonymous_bytes())
-            yield Progress(chunk.step.name, chunk.step.action, done, total)
+            yield chunk
 
-    def commit(self) -> None:
-        """Finish the output: from here on it exists."""
-        from sketchconv.formats.writer import Results
-
+    def outcome(self) -> Results:
+        """What the writer needs to commit, once all is done."""
         errors = {result.name: result.relative_error for result in self.results}
-        source_digest = self.digest.hexdigest(self.job.plan.steps)
-        self.writer.commit(Results(errors=errors, source_digest=source_digest))
+        return Results(errors=errors, source_digest=self.digest.hexdigest(self.job.plan.steps))
 
     def report(self, seconds: float, calibration: CalibrationReport | None = None) -> Report:
         """What was done, for a job that took `seconds` in all."""
-        job = self.job
-        return Report(
-            source=job.source.id,
-            output=str(job.output),
-            plan=job.plan,
-            weighting=job.moments.description,
-            results=tuple(self.results),
-            source_bytes=job.source.nbytes,
-            output_bytes=job.output_bytes,
-            seconds=seconds,
-            solve_seconds=self.solve_seconds,
-            compile_seconds=self.compile_seconds,
-            peak_anonymous=max(self.peak, calibration.peak_anonymous if calibration else 0),
-            calibration=calibration,
-        )
+        peak = max(self.peak, calibration.peak_anonymous if calibration else 0)
+        costs = Costs(seconds, self.solve_seconds, self.compile_seconds, peak)
+        return make_report(self.job, self.results, costs, calibration)
 
     def _fetch(self, chunk: Chunk) -> bytes:
         raw = self.source.rows(chunk.step.name, chunk.begin, chunk.end)
@@ -218,7 +207,7 @@ class Worker:
             squares = self._tally.sums() if sketched else (0.0, 0.0)
             self._noted.add(step.name, stored_names(step), source, squares)
         if sketched:
-            self.results.append(_result(step, *squares))
+            self.results.append(result_of(step, *squares))
 
     def _fit(
         self, chunk: Chunk, record: SketchRecord, rows: npt.NDArray[np.float32]
@@ -246,20 +235,6 @@ def _plain_method(job: Job) -> Method | None:
 
     method = method_named(job.calibration.method)
     return None if needs_statistics(method) else method
-
-
-def _compile(recipe: Recipe) -> float:
-    """Have the solver compiled, or read from its cache, before its time is measured."""
-    import numpy as np
-
-    from sketchconv.kernels.cpu import pack_rows, solve_rows
-
-    started = time.perf_counter()
-    rows = np.ones((1, 256), np.float32)
-    weights = None if recipe.weighting == "equal" else np.ones(256)
-    solved = solve_rows(rows, 4, 1, column_weights=weights, exact=recipe.exact)
-    pack_rows(solved.indices, 4, 1)
-    return time.perf_counter() - started
 
 
 def ordered_steps(job: Job) -> list[Step]:

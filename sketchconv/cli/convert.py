@@ -39,6 +39,12 @@ if TYPE_CHECKING:
     help="Of a quantized SRC without config: the folder of the model that was quantized.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads. [default: all cores]")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    help="Processes that share the work of a sketch, within --threads and --max-memory. "
+    "[default: 1]",
+)
 @click.option("--max-memory", type=SIZE, help="Limit on anonymous memory, e.g. 2GB.")
 @click.option(
     "--max-shard-size", type=SIZE, help="Split larger outputs. [default: 5GB for a folder]"
@@ -72,6 +78,8 @@ def command(src: str, out: str, **options: Any) -> None:
     """
     _check_target(options)
     _check_output(out, options)
+    if options["jobs"] is not None and (options["target"] or out.lower().endswith(".gguf")):
+        raise click.UsageError("--jobs goes with a sketch as OUT; an export has threads alone")
     if options["target"]:
         write_folder(src, out, options)
     elif out.lower().endswith(".gguf"):
@@ -163,6 +171,7 @@ def _compress(src: str, out: str, options: dict[str, Any]) -> None:
         force=options["force"],
         calibration=calibration_of(options),
         imports=ImportOptions(options["base"], options["bits"]),
+        jobs=options["jobs"] or 1,
     )
     _refuse_fitting(job, options)
     if options["dry_run"]:

@@ -96,15 +96,17 @@ def print_report(report: Report) -> None:
     if worst is not None:
         rows.append(("worst weight", f"{worst.relative_error:.5f} {worst.name}"))
     weights = sum(r.parameters for r in report.results)
+    solver = "solver" if report.jobs == 1 else f"solver in {report.jobs} processes together"
     rows.append(
         (
             "time",
-            f"{report.seconds:.1f} s, of which solver {report.solve_seconds:.1f} s "
+            f"{report.seconds:.1f} s, of which {solver} {report.solve_seconds:.1f} s "
             f"({1e9 * report.solve_seconds / max(1, weights):.1f} ns per weight), "
             f"compiling it {report.compile_seconds:.1f} s",
         )
     )
-    rows.append(("peak memory", f"{human_bytes(report.peak_anonymous)} anonymous"))
+    together = "" if report.jobs == 1 else f", {report.jobs} processes and this one together"
+    rows.append(("peak memory", f"{human_bytes(report.peak_anonymous)} anonymous{together}"))
     rows += _calibration_rows(report)
     rows += [("note", note) for note in report.plan.notes]
     print_table("Sketch written", rows)
