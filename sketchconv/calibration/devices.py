@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +11,9 @@ from sketchconv.errors import CalibrationError
 
 if TYPE_CHECKING:
     from sketchconv.sources.base import Source
+
+# A value of these many bytes on average: between those of 16 bits and those of 32.
+_NARROW_BYTES = 3
 
 
 def find_device(name: str) -> torch.device:
@@ -40,14 +42,14 @@ def find_device(name: str) -> torch.device:
 
 
 def compute_dtype(source: Source, device: torch.device) -> torch.dtype:
-    """bfloat16 for checkpoints of 16 bits where the device has instructions for it, else float32.
+    """bfloat16 for checkpoints of 16 bits or fewer, where the device has it, else float32.
 
-    Statistics are float32 sums in any case.
+    Bits are those of the weight files: values of 8-bit floats and of GGUF's blocks are float32 once
+    they are read, and would otherwise take the time and room of a float32 model. Statistics are
+    float32 sums in any case.
     """
-    counts: Counter[str] = Counter()
-    for info in source.infos.values():
-        counts[info.dtype] += math.prod(info.shape)
-    narrow = counts["BF16"] + counts["F16"] > counts["F32"] + counts["F64"]
+    values = sum(math.prod(info.shape) for info in source.infos.values())
+    narrow = source.nbytes < _NARROW_BYTES * values
     return torch.bfloat16 if narrow and _fast_bf16(device) else torch.float32
 
 
