@@ -325,3 +325,22 @@ def test_the_limit_is_that_of_all_processes_together():
         room.chunk_budget(room.needed(5) + 1, 8)
     alone = Room(used=200 << 20, each=80 << 20, moments=0)
     assert alone.chunk_budget(800 << 20, 2) == (440 << 20) // 2 * 9 // 10
+
+
+@pytest.mark.parametrize(
+    ("out", "given", "message"),
+    [
+        ("m.sktch", ["--jobs", "0"], "'--jobs': 0 is not in the range"),
+        ("m.gguf", ["--jobs", "2"], "--jobs goes with a sketch as OUT"),
+        ("m", ["--jobs", "2", "--dense"], "--jobs goes with a sketch as OUT"),
+    ],
+)
+def test_what_the_command_line_refuses(llama, tmp_path, out, given, message):
+    from click.testing import CliRunner
+
+    from sketchconv.cli.main import cli
+
+    done = CliRunner().invoke(cli, ["convert", str(llama), str(tmp_path / out), *given])
+    assert done.exit_code == 2
+    assert message in done.output
+    assert names(tmp_path) == []
