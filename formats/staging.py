@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -124,11 +125,14 @@ def open_folder(target: Path, *, keep: Collection[str] = ()) -> int:
 def publish(target: Path, *, folder: bool, overwrite: bool) -> None:
     """Rename the finished temporary to its target and force the rename to the disk.
 
+    Where the disk fails the temporary is one again, and a folder that was there is back; a file
+    that was there is gone, and the new one stays.
+
     Raises:
         OutputFailure: if the target appeared meanwhile, or the disk fails.
     """
     check_target(target, folder=folder, overwrite=overwrite)
-    old = old_path(target)
+    old, replaced = old_path(target), target.exists()
     with os_failures(target):
         if folder and target.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -139,9 +143,28 @@ def publish(target: Path, *, folder: bool, overwrite: bool) -> None:
             if old.exists() and not target.exists():
                 old.rename(target)
             raise
-        sync_folder(target.parent)
+        try:
+            sync_folder(target.parent)
+        except OSError:
+            if folder or not replaced:
+                _withdraw(target, folder=folder)
+            if folder and replaced and not target.exists():
+                old.rename(target)
+            raise
     if folder:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _withdraw(target: Path, *, folder: bool) -> None:
+    """Make what was renamed into place the temporary again, or remove it."""
+    try:
+        target.replace(staging_path(target))
+    except OSError:  # what is gone is made again; what cannot be removed either is complete
+        if folder:
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                target.unlink()
 
 
 def discard(target: Path, *, folder: bool) -> None:

@@ -416,6 +416,47 @@ def test_failing_calls_leave_nothing(tmp_path, toy, form, code, call, monkeypatc
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("rename_fails", [False, True])
+@pytest.mark.parametrize("form", ["bundle", "folder"])
+def test_a_name_that_cannot_be_made_lasting_is_taken_back(
+    tmp_path, toy, form, rename_fails, monkeypatch
+):
+    """The last call of all: the output has its name already when the folder cannot be synced."""
+    target, real = tmp_path / "m", staging.sync_folder
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def sync(path):
+        if path == tmp_path:
+            assert target.exists()
+            if rename_fails:
+                monkeypatch.setattr(os, "replace", fail)
+            fail()
+        real(path)
+
+    monkeypatch.setattr(staging, "sync_folder", sync)
+    with pytest.raises(OutputFailure, match=os.strerror(errno.EIO)):
+        getattr(toy, form)(target)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_was_there_is_back_when_its_successor_is_taken_back(
+    tmp_path, toy, toy_factory, monkeypatch
+):
+    before = content(toy.folder(tmp_path / "m"))
+
+    def fail(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(staging, "sync_folder", fail)
+    with pytest.raises(OutputFailure):
+        toy_factory(rows=5).folder(tmp_path / "m", overwrite=True)
+    assert content(tmp_path / "m") == before
+    assert names(tmp_path) == ["m"]
+
+
 @pytest.mark.parametrize("form", ["bundle", "folder"])
 def test_too_little_space_is_told_at_once_with_the_missing_bytes(tmp_path, toy, form, monkeypatch):
     monkeypatch.setattr(part, "free_bytes", lambda folder: 100)

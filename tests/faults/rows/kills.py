@@ -73,7 +73,7 @@ def run_all(setting: Setting) -> tuple[Outcome, Outcome]:
     same.notes += [
         f"{j.name}: {each[j.name]} cases; it changes the disk {j.calls} times" for j in made
     ]
-    same.notes.append("exports and deltas start anew; conversions go on, by tensor")
+    same.notes.append("deltas start anew; conversions and exports go on, by tensor")
     same.notes.append("calibrated conversions (2 layers, 32 tokens) go on by block")
     return same.outcome(), never.outcome()
 
