@@ -28,7 +28,7 @@ portability: $(READY)
 	NUMBA_CPU_NAME=generic $(BIN)/python -P -m pytest -q tests/kernels tests/decoder
 	NUMBA_CPU_NAME=haswell $(BIN)/python -P -m pytest -q tests/kernels tests/decoder
 
-# The whole scorecard, half an hour of a quiet core; --short takes minutes, and --minutes 20 leaves
+# The whole scorecard, twenty minutes of a quiet core; --short takes minutes, and --minutes 20 leaves
 # cases out to end by then. Coverage-guided: tests/faults/atheris_target.py.
 faults: $(READY)
 	$(BIN)/python -P tests/faults/scorecard.py --out tests/faults/SCORECARD.md
