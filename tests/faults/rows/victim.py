@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -153,7 +154,10 @@ def main():
     import sketchconv.pipeline
     import sketchconv.worker  # noqa: F401
 
-    tqdm.tqdm.monitor_interval = 0  # transformers' bars would start a thread
+    # transformers' bars would start a thread, and share a lock with all forks: one that is killed
+    # while it holds it would stop the next ones for good.
+    tqdm.tqdm.monitor_interval = 0
+    tqdm.tqdm.set_lock(threading.RLock())
 
     for line in sys.stdin:
         command = json.loads(line)
