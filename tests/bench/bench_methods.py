@@ -28,17 +28,18 @@ from dithered import dense_model, other_domain
 from peers import PEERS, apply
 
 AFFINE = ("rtn", "gptq")
-# name -> method, calibration text ("" for the one given), tokens to recover on as a share of it
+# name -> method, calibration text ("" for the one given), what LUTs are trained by afterwards
 METHODS = {
-    "free": (None, None, False),
-    "rtn": ("rtn", None, False),
-    "kmeans": ("kmeans", None, False),
-    "gptq": ("gptq", "", False),
-    "leanquant": ("leanquant", "", False),
-    "sketch": ("sketch", "", False),
-    "sketch+recover": ("sketch", "", True),
-    "self": ("sketch", "self", False),
-    "self+recover": ("sketch", "self", True),
+    "free": (None, None, None),
+    "rtn": ("rtn", None, None),
+    "kmeans": ("kmeans", None, None),
+    "gptq": ("gptq", "", None),
+    "leanquant": ("leanquant", "", None),
+    "sketch": ("sketch", "", None),
+    "sketch+blocks": ("sketch", "", "blocks"),
+    "sketch+recover": ("sketch", "", "model"),
+    "self": ("sketch", "self", None),
+    "self+recover": ("sketch", "self", "model"),
 }
 
 
@@ -153,7 +154,7 @@ class Bench:
         return f"{find_machine().cpu}, {torch.get_num_threads()} threads"
 
     def _calibration(self, row: Row) -> Any:
-        method, text, recovered = METHODS[row.name]
+        method, text, recover_by = METHODS[row.name]
         if method is None:
             return None
         from sketchconv.calibration.options import Calibration
@@ -166,7 +167,8 @@ class Bench:
             seed=o.seed,
             method=method,
             device=o.device,
-            recover=o.recover if recovered else 0,
+            recover=o.recover if recover_by else 0,
+            recover_by=recover_by or "auto",
         )
 
 
