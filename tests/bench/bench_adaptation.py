@@ -2,13 +2,13 @@
 
 Both start from the same sketch. `lut` trains its LUTs with sketchconv; `lora` is what QLoRA does:
 the sketch's weights, decoded and frozen, and an adapter on every linear layer. Same batches, steps,
-schedule (cosine with warm-up), clipping and bfloat16 for both; the learning rate is searched for
-both, and chosen by the loss on held-out windows of the validation text, from its end. What counts
-is the perplexity on the test text.
+warm-up, schedules, clipping and bfloat16 for both; schedule and learning rate are searched for both
+and chosen by the loss on held-out windows of the validation text, from its end. What counts is the
+perplexity on the test text.
 
 Every run is one line of JSON in `WORK/runs.jsonl`, written when it is done; runs that are there
-are not made again, so that the benchmark can be stopped and started. `--only show` prints the table
-of what there is.
+are not made again, so that the benchmark can be stopped and started, and several processes can work
+side by side on shapes or rates of their own. `--only show` prints the table of what there is.
 
     python tests/bench/bench_adaptation.py --train wiki.valid.txt --test wiki.test.txt
 
@@ -32,8 +32,9 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
 
-LUT_RATES = (2e-3, 4e-3, 1e-3, 8e-3)
-LORA_RATES = (1e-3, 2e-3, 5e-4, 4e-3)
+LUT_RATES = (4e-3, 5.6e-3, 2.8e-3)
+LORA_RATES = (2e-3, 2.8e-3, 1.4e-3)
+SCHEDULES = ("cosine", "linear")
 # Most telling first: what is not run today is run another day.
 SHAPES = ((4, 4), (4, 1), (4, 8), (4, 2), (3, 4), (2, 4))
 HELD_OUT = 0.1
@@ -58,6 +59,7 @@ class Run:
     epsilon: float = 1e-12
     windows: int = 0
     optimizer: str = "adamw"
+    schedule: str = "cosine"
 
     @property
     def key(self) -> str:
@@ -88,17 +90,18 @@ def windows_of(tokenizer: Any, options: argparse.Namespace) -> Text:
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(end, generator=generator)
     count = options.windows
-    return Text(known[order], known[end:][: max(1, count // 2)], cut(options.test)[:count])
+    parts = (known[order], known[end:][: max(1, count // 2)], cut(options.test)[:count])
+    return Text(*(part.to(options.device) for part in parts))
 
 
-def lut_model(path: Path, run: Run) -> tuple[Any, Any]:
+def lut_model(path: Path, run: Run, device: str) -> tuple[Any, Any]:
     """The sketch, prepared, and its optimizer."""
     import torch
 
     import sketchconv
     from sketchconv.tuning.optimizer import lut_optimizer
 
-    model = sketchconv.load(path, dtype=torch.bfloat16)
+    model = sketchconv.load(path, dtype=torch.bfloat16).to(device)
     if run.kind == "none":
         return model, None
     sketchconv.prepare_for_lut_training(model, gradient=run.gradient)
@@ -108,7 +111,7 @@ def lut_model(path: Path, run: Run) -> tuple[Any, Any]:
     return model, optimizer
 
 
-def lora_model(path: Path, run: Run) -> tuple[Any, Any]:
+def lora_model(path: Path, run: Run, device: str) -> tuple[Any, Any]:
     """The decoded sketch with a LoRA adapter, in float32 as peft makes it."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -121,7 +124,7 @@ def lora_model(path: Path, run: Run) -> tuple[Any, Any]:
     config = LoraConfig(
         r=run.rank, lora_alpha=2 * run.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, config).to(device)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     return adapted, torch.optim.AdamW(trained, lr=run.rate, weight_decay=0.0)
 
@@ -153,12 +156,13 @@ def loss_of(model: Any, windows: Any, batch: int = 4) -> float:
     return total / len(windows)
 
 
-def share(step: int, steps: int) -> float:
-    """Of the learning rate, at step 0, 1, ...: up linearly, then down as a cosine."""
-    warm = max(1, round(WARMUP * steps))
+def share(step: int, run: Run) -> float:
+    """Of the learning rate, at step 0, 1, ...: up linearly, then down, linearly or as a cosine."""
+    warm = max(1, round(WARMUP * run.steps))
     if step < warm:
         return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    way = (step - warm) / max(1, run.steps - warm)
+    return 1 - way if run.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * way))
 
 
 def train(model: Any, optimizer: Any, products: Any, text: Text, run: Run) -> list[float]:
@@ -176,18 +180,19 @@ def train(model: Any, optimizer: Any, products: Any, text: Text, run: Run) -> li
         model(input_ids=part, labels=part, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, run.clip)
         for group in optimizer.param_groups:
-            group["lr"] = run.rate * share(step, run.steps)
+            group["lr"] = run.rate * share(step, run)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.process_time() - started)
     return seconds
 
 
-def perform(run: Run, path: Path, text: Text) -> dict[str, Any]:
+def perform(run: Run, path: Path, text: Text, device: str) -> dict[str, Any]:
     """Train, and measure: LUTs rounded to the dtype of the file, as they would be shipped."""
     from sketchconv.tuning.masters import finish_lut_training
 
-    model, optimizer = lora_model(path, run) if run.kind == "lora" else lut_model(path, run)
+    prepared = lora_model if run.kind == "lora" else lut_model
+    model, optimizer = prepared(path, run, device)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     seconds: list[float] = []
     with multiplied(model, run) as products:
@@ -199,7 +204,7 @@ def perform(run: Run, path: Path, text: Text) -> dict[str, Any]:
         held_out, test = loss_of(model, text.held_out), loss_of(model, text.test)
     middle = sorted(seconds)[len(seconds) // 2] if seconds else 0.0
     facts = {"held_out": held_out, "test": test, "trained": count, "cpu_seconds_per_step": middle}
-    return {**asdict(run), **facts}
+    return {**asdict(run), **facts, "device": device}
 
 
 def sketch_of(bits: int, groups: int, options: argparse.Namespace) -> Path:
@@ -232,11 +237,17 @@ def plan(bits: int, groups: int, path: Path, options: argparse.Namespace) -> lis
     work = replace(base, steps=options.steps, batch=options.batch)
     runs = [base]
     tables = replace(work, kind="lut", optimizer=options.optimizer)
-    lut = [replace(tables, rate=rate) for rate in options.lut_rates]
+    adapter = replace(work, kind="lora", epsilon=1e-8)
+    lut = [
+        replace(tables, rate=rate, schedule=schedule)
+        for rate in options.lut_rates
+        for schedule in options.schedules
+    ]
     lora = [
-        replace(work, kind="lora", rate=rate, rank=rank, epsilon=1e-8)
+        replace(adapter, rate=rate, rank=rank, schedule=schedule)
         for rank in (fair, *options.ranks)
         for rate in options.lora_rates
+        for schedule in options.schedules
     ]
     runs += [run for pair in zip(lut, lora, strict=False) for run in pair]
     return runs + [run for run in (*lut, *lora) if run not in runs]
@@ -262,7 +273,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     names = Run.__dataclass_fields__
     for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
-        row = {"optimizer": Run.optimizer, **row}  # rows of before there was a choice
+        # Rows of before there was a choice.
+        row = {"optimizer": Run.optimizer, "schedule": Run.schedule, **row}
         found[Run(**{k: row[k] for k in names}).key] = row
     return found
 
@@ -285,7 +297,7 @@ def tell(row: dict[str, Any]) -> None:
         f"{row['bits']} bits G={row['groups']} {name:10} lr {row['rate']:.0e} "
         f"{row['trained'] / 1e6:6.2f} M, test ppl {math.exp(row['test']):7.3f}, held-out "
         f"{math.exp(row['held_out']):7.3f}, {_seconds(row)}, "
-        f"{row['steps']} x {row['batch']} x {row['length']} {' '.join(extras)}",
+        f"{row['steps']} x {row['batch']} x {row['length']} {row['schedule']} {' '.join(extras)}",
         flush=True,
     )
 
@@ -313,15 +325,17 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("adaptation"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=64, help="of the test text")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[16])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[])
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="of LUTs")
-    parser.add_argument("--lut-rates", type=float, nargs="+", default=LUT_RATES)
-    parser.add_argument("--lora-rates", type=float, nargs="+", default=LORA_RATES)
+    parser.add_argument("--lut-rates", type=float, nargs="*", default=LUT_RATES)
+    parser.add_argument("--lora-rates", type=float, nargs="*", default=LORA_RATES)
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--ablation-rate", type=float, default=4e-3)
     parser.add_argument("--absolute-rates", type=float, nargs="*", default=[2e-4, 4e-4, 8e-4])
     parser.add_argument("--shapes", nargs="+", help="as 4x1: bits x groups [default: all]")
@@ -358,7 +372,7 @@ def main() -> None:
         for run in runs:
             row = done.get(run.key)
             if row is None:
-                row = done[run.key] = perform(run, path, text)
+                row = done[run.key] = perform(run, path, text, options.device)
                 with store.open("a") as file:
                     file.write(json.dumps(row) + "\n")
             tell(row)
