@@ -55,6 +55,15 @@ def tiny(tmp_path_factory):
     return folder
 
 
+def test_the_readmes_tables_are_those_of_the_rows(tmp_path):
+    known = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    copy = tmp_path / "README.md"
+    copy.write_text(known.replace("**ours, calibrated, LUTs trained** |", "nobody |"))
+    assert copy.read_text() != known
+    bench("tables.py", "--write", copy)
+    assert copy.read_text() == known
+
+
 def test_products(tmp_path):
     shape = ("--shapes", "24x96", "--tokens", 1, 12, "--threads", 1)
     printed = bench("bench_gemv.py", *shape, "--bits", 4, "--rounds", 2)

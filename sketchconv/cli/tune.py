@@ -25,7 +25,7 @@ _OPTIONS: Final = (
     click.option(
         "--learning-rate",
         type=float,
-        help="Largest step of a LUT entry, as a share of its group's mean size. [default: 0.001]",
+        help="Largest step of a LUT entry, as a share of its group's mean size. [default: 0.002]",
     ),
     click.option(
         "--absolute-steps",
@@ -41,8 +41,11 @@ _OPTIONS: Final = (
     click.option(
         "--gradient-accumulation", type=_COUNT, help="Forward passes per step. [default: 1]"
     ),
+    click.option("--warmup", type=float, help="Steps, or below 1 their share. [default: 0.05]"),
     click.option(
-        "--warmup", type=float, help="Steps, or below 1 their share; then a cosine. [default: 0.05]"
+        "--schedule",
+        type=click.Choice(["linear", "cosine"]),
+        help="How the learning rate falls after the warm-up. [default: linear]",
     ),
     click.option("--seq-len", type=click.IntRange(2), help="Tokens per row. [default: 512]"),
     click.option(

@@ -66,7 +66,7 @@ def arguments(options: TuneOptions, folder: Path, rows: int) -> TrainingArgument
         gradient_accumulation_steps=options.gradient_accumulation,
         max_steps=options.max_steps or -1,
         num_train_epochs=options.epochs,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=options.schedule,
         warmup_steps=options.warmup,
         adam_epsilon=options.epsilon,
         max_grad_norm=options.max_grad_norm,

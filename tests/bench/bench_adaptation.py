@@ -8,7 +8,8 @@ perplexity on the test text.
 
 Every run is one line of JSON in `WORK/runs.jsonl`, written when it is done; runs that are there
 are not made again, so that the benchmark can be stopped and started, and several processes can work
-side by side on shapes or rates of their own. `--only show` prints the table of what there is.
+side by side on shapes or rates of their own. `--only show` prints the table of what there is. The
+rows of one H100 are kept beside this file, in `adaptation.jsonl`; `tables.py` prints them.
 
     python tests/bench/bench_adaptation.py --train wiki.valid.txt --test wiki.test.txt
 
@@ -60,6 +61,7 @@ class Run:
     windows: int = 0
     optimizer: str = "adamw"
     schedule: str = "cosine"
+    base: str = "data-free"
 
     @property
     def key(self) -> str:
@@ -208,15 +210,25 @@ def perform(run: Run, path: Path, text: Text, device: str) -> dict[str, Any]:
 
 
 def sketch_of(bits: int, groups: int, options: argparse.Namespace) -> Path:
-    """The sketch of this shape, made once, without a text."""
-    path: Path = options.work / f"b{bits}g{groups}.sktch"
+    """The sketch of this shape, made once, without a text or calibrated on one."""
+    path: Path = options.work / f"b{bits}g{groups}-{base_of(options)}.sktch"
     if not path.exists():
         import sketchconv
+        from sketchconv.calibration.options import Calibration
         from sketchconv.recipe import Recipe, SketchSpec
 
         recipe = Recipe(default=SketchSpec(bits=bits, groups=groups), weighting="moments")
-        sketchconv.convert(options.model, path, recipe)
+        if options.calibration is None:
+            sketchconv.convert(options.model, path, recipe)
+        else:
+            text = Calibration(options.calibration, recover=0, device=options.device)
+            sketchconv.convert(options.model, path, recipe, calibration=text)
     return path
+
+
+def base_of(options: argparse.Namespace) -> str:
+    """What the sketches were made from."""
+    return "data-free" if options.calibration is None else "calibrated"
 
 
 def luts_of(path: Path) -> tuple[int, int]:
@@ -233,7 +245,8 @@ def plan(bits: int, groups: int, path: Path, options: argparse.Namespace) -> lis
     """All runs of one shape."""
     values, rank_one = luts_of(path)
     fair = math.ceil(values / rank_one)
-    base = Run("none", bits, groups, length=options.length, windows=options.windows)
+    shared = {"length": options.length, "windows": options.windows, "base": base_of(options)}
+    base = Run("none", bits, groups, **shared)
     work = replace(base, steps=options.steps, batch=options.batch)
     runs = [base]
     tables = replace(work, kind="lut", optimizer=options.optimizer)
@@ -256,7 +269,7 @@ def plan(bits: int, groups: int, path: Path, options: argparse.Namespace) -> lis
 def ablations(options: argparse.Namespace) -> list[Run]:
     """Mean against sum, clipped and not; shares of the LUT's size against the weights' own unit."""
     work = Run("lut", 4, 4, steps=options.steps, batch=options.batch, length=options.length)
-    work = replace(work, windows=options.windows, rate=options.ablation_rate)
+    work = replace(work, windows=options.windows, rate=options.ablation_rate, base=base_of(options))
     absolute = [replace(work, relative=False, rate=rate) for rate in options.absolute_rates]
     return [
         replace(work, gradient="mean"),
@@ -274,7 +287,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
         # Rows of before there was a choice.
-        row = {"optimizer": Run.optimizer, "schedule": Run.schedule, **row}
+        row = {"optimizer": Run.optimizer, "schedule": Run.schedule, "base": Run.base, **row}
         found[Run(**{k: row[k] for k in names}).key] = row
     return found
 
@@ -294,7 +307,7 @@ def tell(row: dict[str, Any]) -> None:
     extras += [] if row["clip"] < 1e8 else ["no clipping"]
     extras += [f"eps {row['epsilon']:g}"] if extras[:1] == ["adamw"] else []
     print(
-        f"{row['bits']} bits G={row['groups']} {name:10} lr {row['rate']:.0e} "
+        f"{row['base']} {row['bits']} bits G={row['groups']} {name:10} lr {row['rate']:.0e} "
         f"{row['trained'] / 1e6:6.2f} M, test ppl {math.exp(row['test']):7.3f}, held-out "
         f"{math.exp(row['held_out']):7.3f}, {_seconds(row)}, "
         f"{row['steps']} x {row['batch']} x {row['length']} {row['schedule']} {' '.join(extras)}",
@@ -311,7 +324,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in plain:
         work = (row["steps"], row["batch"], row["length"], row["windows"])
-        shape = (row["bits"], row["groups"], row["kind"], row["rank"], work, row["optimizer"])
+        shape = (row["bits"], row["groups"], row["kind"], row["rank"], row["base"], work)
+        shape += (row["optimizer"],)
         groups.setdefault(shape, []).append(row)
     for key in sorted(groups, key=lambda k: (-k[0], k[1], k[2] != "none", k[2], k[3])):
         tell(min(groups[key], key=lambda row: row["held_out"]))
@@ -325,10 +339,11 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("adaptation"))
+    parser.add_argument("--calibration", type=Path, help="text that the sketches are made with")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=64, help="of the test text")
+    parser.add_argument("--windows", type=int, default=128, help="of the test text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ranks", type=int, nargs="*", default=[])
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="of LUTs")

@@ -38,7 +38,10 @@ def test_rows_are_kept(makers, tmp_path):
     printed = bench(tmp_path, *words)
     store = tmp_path / "runs.jsonl"
     rows = [json.loads(line) for line in store.read_text().splitlines()]
-    assert [row["kind"] for row in rows] == ["none", "lut", "lora", "lut", "lut", "lut", "lut"]
+    kinds, schedules = [row["kind"] for row in rows], [row["schedule"] for row in rows]
+    assert kinds == ["none", "lut", "lora", "lut", "lora", "lut", "lut", "lut", "lut"]
+    assert schedules[1:5] == ["cosine", "cosine", "linear", "linear"]
+    assert rows[1]["test"] != rows[3]["test"]
     assert rows[1]["trained"] <= rows[2]["trained"]
     assert rows[1]["test"] < rows[0]["test"]
     assert printed.count("test ppl") == len(rows) + 3

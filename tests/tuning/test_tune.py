@@ -223,6 +223,18 @@ def test_a_loss_that_does_not_fall_is_told(tiny, text_file, tmp_path):
     )
 
 
+def test_schedules(tiny, text_file, tmp_path):
+    """Rates of steps after the warm-up: down by as much each time, or as a cosine."""
+    rates = {}
+    for name in ("linear", "cosine"):
+        options = quick(schedule=name, warmup=0, max_steps=4, learning_rate=0.01)
+        result = tune(tiny, text_file, tmp_path / f"{name}.sktch", options)
+        rates[name] = [event.learning_rate for event in result.curve if event.loss is not None]
+    assert rates["linear"] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    shares = [0.005 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert rates["cosine"] == pytest.approx(shares)
+
+
 def broken_after(step, monkeypatch):
     """A gradient of NaN from this step on."""
     whole = LutTrainer.training_step
@@ -292,6 +304,7 @@ def test_activation_checkpointing_changes_no_bit(tiny, text_file, tmp_path):
         ({"gradient": "max"}, "gradient must be mean or sum"),
         ({"optimizer": "sgd"}, "optimizer must be adamw or muon"),
         ({"device": "tpu"}, "device must be"),
+        ({"schedule": "step"}, "schedule must be linear or cosine, got 'step'"),
         ({"seq_len": 1}, "seq_len must be at least 2"),
     ],
 )

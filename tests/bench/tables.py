@@ -1,0 +1,125 @@
+"""The README's tables of quality, from the rows that the benchmarks keep beside this file.
+
+python tests/bench/tables.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TEXT, OTHER = "wikitext2-test", "python"
+SIZES = tuple((bits, groups) for groups in (1, 4) for bits in (4, 3, 2))
+NAMES = {
+    "rtn": "round to nearest",
+    "kmeans": "k-means, equal weights",
+    "gptq": "GPTQ, act-order",
+    "leanquant": "LeanQuant, as its README says",
+    "free": "ours without data",
+    "sketch+blocks": "ours, LUTs trained block by block",
+    "sketch+recover": "**ours, calibrated, LUTs trained**",
+}
+PEERS = {
+    "nf4": "bitsandbytes NF4 in 64s",
+    "nf4-double": "NF4, maxima compressed",
+    "hqq-4": "HQQ in 64s",
+    "hqq-3": "HQQ in 64s",
+    "hqq-2": "HQQ in 64s",
+}
+KINDS = {"none": "untuned", "lora": "LoRA", "lut": "LUTs"}
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """The rows of a results file."""
+    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+
+
+def grid(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def perplexity(value: float) -> str:
+    """Two decimals, or its order of magnitude where nothing else is left to say."""
+    return f"{value:.2f}" if value < 1000 else f"{value:.0e}".replace("e+0", "e")
+
+
+def cell(row: dict[str, Any]) -> str:
+    """Bits per weight: perplexity, KL, KL on the other text."""
+    near, far = row["texts"][TEXT], row["texts"][OTHER]
+    kl, other = (text["divergence"]["kl"]["mean"] for text in (near, far))
+    return (
+        f"{row['bits_per_weight']:.2f}: {perplexity(near['perplexity'])} / {kl:.3f} / {other:.3f}"
+    )
+
+
+def methods() -> str:
+    """Every method at every size."""
+    rows = {row["row"]: row for row in read("methods.jsonl")}
+    head = ["", *(f"{bits} bits, G = {groups}" for bits, groups in SIZES)]
+    body = []
+    for name, words in NAMES.items():
+        titles = [f"{name} {bits} G={groups}" for bits, groups in SIZES]
+        if any(title in rows for title in titles):
+            body.append([words, *(cell(rows[t]) if t in rows else "" for t in titles)])
+    for name in dict.fromkeys(PEERS.values()):
+        mine = [rows[key] for key, words in PEERS.items() if words == name and key in rows]
+        cells = {int(row["bits_per_weight"]): cell(row) for row in mine}
+        body.append([name, *(cells.get(bits, "") for bits in (4, 3, 2)), "", "", ""])
+    return grid(head, body)
+
+
+def adaptation() -> str:
+    """For each shape and length: untuned, LoRA and LUTs, each at its best by the held-out loss."""
+    best: dict[Any, dict[str, Any]] = {}
+    for row in read("adaptation.jsonl"):
+        key = (row["base"], -row["bits"], row["groups"], row["steps"], row["kind"])
+        known = best.get(key)
+        if known is None or row["held_out"] < known["held_out"]:
+            best[key] = row
+    body = []
+    for base, bits, groups, steps in sorted({key[:4] for key in best if key[3]}):
+        row = [f"{-bits} bits, G = {groups}{', calibrated' if base == 'calibrated' else ''}"]
+        row += [str(steps)]
+        for kind in KINDS:
+            run = best[base, bits, groups, 0 if kind == "none" else steps, kind]
+            row.append(perplexity(math.exp(run["test"])))
+            if kind != "none":
+                row[-1] += f" ({run['trained'] / 1e6:.2f} M, {run['rate']:.1e}, {run['schedule']})"
+        both = [math.exp(best[base, bits, groups, steps, kind]["test"]) for kind in ("lut", "lora")]
+        body.append([*row, f"{both[0] / both[1]:.3f}"])
+    return grid(["", "steps", *KINDS.values(), "LUTs / LoRA"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {"methods": methods, "adaptation": adaptation}
+
+
+def written(text: str) -> str:
+    """A document with its tables as the rows are now."""
+    for name, table in TABLES.items():
+        marks = f"<!-- tables.py: {name} -->\n", "<!-- end -->"
+        pattern = f"({re.escape(marks[0])}).*?({re.escape(marks[1])})"
+        text = re.sub(pattern, rf"\g<1>\n{table()}\n\n\g<2>", text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    """Print both, or put them into a document."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    document: Path | None = parser.parse_args().write
+    if document is None:
+        print(*(table() for table in TABLES.values()), sep="\n\n")
+    else:
+        document.write_text(written(document.read_text()))
+
+
+if __name__ == "__main__":
+    main()
