@@ -166,6 +166,30 @@ def test_tuning(tiny, tmp_path):
     assert abs(float(first) - float(gathered_first)) < 2**-8 * float(first)
 
 
+def test_layer_errors(tiny, tmp_path):
+    pytest.importorskip("sklearn")
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    bert = tmp_path / "bert"
+    shape = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
+    config = BertConfig(num_hidden_layers=1, vocab_size=301, max_position_embeddings=128, **shape)
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(bert)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(bert)
+    words = torch.randint(0, 301, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    for name, part in (("calibration", words[:2000]), ("text", words[2000:])):
+        (tmp_path / name).write_text(" ".join(f"w{n}" for n in part))
+    texts = ("--calibration", tmp_path / "calibration", "--text", tmp_path / "text")
+    models = ("--smollm2", tiny, "--minilm", bert, "--blocks", 1, 0)
+    printed = bench("bench_layer_error.py", *texts, *models, "--window", 64, "--bits", 3)
+    found = re.findall(rf"3 bits: error ours / LeanQuant ({NUMBER} / {NUMBER} = {NUMBER})", printed)
+    ratios = [float(ratio.split(" = ")[1]) for ratio in found]
+    assert len(ratios) == 8
+    mean = float(re.search(rf"mean of 8 ratios: ({NUMBER})", printed)[1])
+    assert mean == pytest.approx(sum(ratios) / 8, abs=1e-3)
+    assert mean < 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpu_benchmark_says_that_there_is_no_gpu():
     assert bench("bench_gpu.py", code=1).strip() == "no GPU: nothing was measured"
