@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from sketchconv.errors import TuningError
@@ -25,6 +25,10 @@ BETAS = (0.9, 0.999)
 # Below all gradients: means over a bucket are about 3e-5 in SmolLM2, 0.02 % of them below 1e-8,
 # and the larger the model and the step, the smaller they are.
 EPSILON = 1e-12
+# Of SmolLM2, 4 bits, G = 4, after 64 steps of 512 tokens: test (held-out) perplexity 22.12 (28.43)
+# instead of 22.14 (28.57); after 128 of 1,024: see tests/bench/adaptation.jsonl.
+CAUTIOUS = True
+LEAST_SHARE = 1e-3  # of entries that move: no step is stretched by more than a thousand
 
 
 class LutAdamW(AdamW):
@@ -36,17 +40,23 @@ class LutAdamW(AdamW):
 
     Args:
         masters: what is trained.
-        lr: the largest step of an entry, as a share of its group's mean absolute entry; with
+        lr: about the largest step of an entry, as a share of its group's mean absolute entry; with
             `relative` false, in units of the weights.
+        cautious: leave out entries whose averaged gradient points against this step's, and let the
+            layer's other entries go as much farther.
         options: `betas`, `eps`, `weight_decay` as torch has them.
+
+    Source: K. Liang et al., Cautious Optimizers: improving training with one line of code (2024).
     """
 
     def __init__(
-        self, masters: Sequence[Master], lr: float, *, relative: bool = True, **options: Any
-    ) -> None:
+        self, masters: Sequence[Master], lr: float, *, relative: bool = True,
+        cautious: bool = CAUTIOUS, **options: Any,
+    ) -> None:  # fmt: skip
         given = {"betas": BETAS, "eps": EPSILON, "weight_decay": 0.0, **options}
         super().__init__([master.parameter for master in masters], lr=lr, **given)
         self.relative = relative
+        self.cautious = cautious
         self.broken = False
         self._units = [master.unit for master in masters]
 
@@ -57,15 +67,26 @@ class LutAdamW(AdamW):
         if not finite(parameters):
             self.broken = True
             return None
-        if not self.relative:
+        if not (self.relative or self.cautious):
             plain: float | None = super().step(closure)
             return plain
         before = [parameter.clone() for parameter in parameters]
         loss: float | None = super().step(closure)
         for parameter, former, unit in zip(parameters, before, self._units, strict=True):
-            moved = parameter.sub_(former).mul_(unit.to(parameter.device))
+            moved = parameter.sub_(former)
+            if self.relative:
+                moved.mul_(unit.to(parameter.device))
+            if self.cautious and parameter.grad is not None:
+                _without_opposed(moved, parameter.grad)
             moved.add_(former)
         return loss
+
+
+def _without_opposed(moved: Tensor, gradient: Tensor) -> None:
+    """Undo moves up the gradient, and stretch the others by their share of all that have one."""
+    down = moved * gradient < 0
+    share = down.sum() / torch.count_nonzero(gradient).clamp_(min=1)
+    moved.mul_(down).div_(share.clamp_(min=LEAST_SHARE))
 
 
 LutOptimizer = LutAdamW | LutMuon

@@ -62,6 +62,7 @@ class Run:
     optimizer: str = "adamw"
     schedule: str = "cosine"
     base: str = "data-free"
+    cautious: bool = True
 
     @property
     def key(self) -> str:
@@ -107,7 +108,8 @@ def lut_model(path: Path, run: Run, device: str) -> tuple[Any, Any]:
     if run.kind == "none":
         return model, None
     sketchconv.prepare_for_lut_training(model, gradient=run.gradient)
-    options = {"eps": run.epsilon} if run.optimizer == "adamw" else {}
+    mine = {"eps": run.epsilon, "cautious": run.cautious}
+    options = mine if run.optimizer == "adamw" else {}
     kind: Any = run.optimizer
     optimizer = lut_optimizer(model, run.rate, optimizer=kind, relative=run.relative, **options)
     return model, optimizer
@@ -206,7 +208,17 @@ def perform(run: Run, path: Path, text: Text, device: str) -> dict[str, Any]:
         held_out, test = loss_of(model, text.held_out), loss_of(model, text.test)
     middle = sorted(seconds)[len(seconds) // 2] if seconds else 0.0
     facts = {"held_out": held_out, "test": test, "trained": count, "cpu_seconds_per_step": middle}
-    return {**asdict(run), **facts, "device": device}
+    return {**asdict(run), **facts, "device": device, "machine": machine(device)}
+
+
+def machine(device: str) -> str:
+    """The GPU, or the processor."""
+    import torch
+
+    from sketchconv.machine import find_machine
+
+    there = torch.device(device)
+    return torch.cuda.get_device_name(there) if there.type == "cuda" else find_machine().cpu
 
 
 def sketch_of(bits: int, groups: int, options: argparse.Namespace) -> Path:
@@ -250,7 +262,7 @@ def plan(bits: int, groups: int, path: Path, options: argparse.Namespace) -> lis
     work = replace(base, steps=options.steps, batch=options.batch)
     runs = [base]
     tables = replace(work, kind="lut", optimizer=options.optimizer)
-    adapter = replace(work, kind="lora", epsilon=1e-8)
+    adapter = replace(work, kind="lora", epsilon=1e-8, cautious=False)
     lut = [
         replace(tables, rate=rate, schedule=schedule)
         for rate in options.lut_rates
@@ -267,7 +279,7 @@ def plan(bits: int, groups: int, path: Path, options: argparse.Namespace) -> lis
 
 
 def ablations(options: argparse.Namespace) -> list[Run]:
-    """Mean against sum, clipped and not; shares of the LUT's size against the weights' own unit."""
+    """One thing changed at a time; rates in the weights' own unit too."""
     work = Run("lut", 4, 4, steps=options.steps, batch=options.batch, length=options.length)
     work = replace(work, windows=options.windows, rate=options.ablation_rate, base=base_of(options))
     absolute = [replace(work, relative=False, rate=rate) for rate in options.absolute_rates]
@@ -276,6 +288,7 @@ def ablations(options: argparse.Namespace) -> list[Run]:
         replace(work, gradient="mean", clip=0.2),
         replace(work, clip=1e9),
         replace(work, epsilon=1e-8),
+        replace(work, cautious=False),
         *absolute,
     ]
 
@@ -287,7 +300,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
         # Rows of before there was a choice.
-        row = {"optimizer": Run.optimizer, "schedule": Run.schedule, "base": Run.base, **row}
+        since = {"optimizer": "adamw", "schedule": "cosine", "base": "data-free", "cautious": False}
+        row = since | row
         found[Run(**{k: row[k] for k in names}).key] = row
     return found
 
@@ -305,7 +319,8 @@ def tell(row: dict[str, Any]) -> None:
     extras = [row["optimizer"], row["gradient"]] if row["kind"] == "lut" else []
     extras += [] if row["relative"] else ["absolute"]
     extras += [] if row["clip"] < 1e8 else ["no clipping"]
-    extras += [f"eps {row['epsilon']:g}"] if extras[:1] == ["adamw"] else []
+    if extras[:1] == ["adamw"]:
+        extras += [f"eps {row['epsilon']:g}", "cautious" if row["cautious"] else "plain"]
     print(
         f"{row['base']} {row['bits']} bits G={row['groups']} {name:10} lr {row['rate']:.0e} "
         f"{row['trained'] / 1e6:6.2f} M, test ppl {math.exp(row['test']):7.3f}, held-out "
@@ -325,7 +340,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in plain:
         work = (row["steps"], row["batch"], row["length"], row["windows"])
         shape = (row["bits"], row["groups"], row["kind"], row["rank"], row["base"], work)
-        shape += (row["optimizer"],)
+        shape += (row["optimizer"], row["cautious"])
         groups.setdefault(shape, []).append(row)
     for key in sorted(groups, key=lambda k: (-k[0], k[1], k[2] != "none", k[2], k[3])):
         tell(min(groups[key], key=lambda row: row["held_out"]))

@@ -32,7 +32,6 @@ PEERS = {
     "hqq-3": "HQQ in 64s",
     "hqq-2": "HQQ in 64s",
 }
-KINDS = {"none": "untuned", "lora": "LoRA", "lut": "LUTs"}
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -80,22 +79,35 @@ def adaptation() -> str:
     """For each shape and length: untuned, LoRA and LUTs, each at its best by the held-out loss."""
     best: dict[Any, dict[str, Any]] = {}
     for row in read("adaptation.jsonl"):
-        key = (row["base"], -row["bits"], row["groups"], row["steps"], row["kind"])
+        key = (row["device"], row["base"], -row["bits"], row["groups"], row["steps"], row["kind"])
         known = best.get(key)
         if known is None or row["held_out"] < known["held_out"]:
             best[key] = row
     body = []
-    for base, bits, groups, steps in sorted({key[:4] for key in best if key[3]}):
-        row = [f"{-bits} bits, G = {groups}{', calibrated' if base == 'calibrated' else ''}"]
-        row += [str(steps)]
-        for kind in KINDS:
-            run = best[base, bits, groups, 0 if kind == "none" else steps, kind]
-            row.append(perplexity(math.exp(run["test"])))
-            if kind != "none":
-                row[-1] += f" ({run['trained'] / 1e6:.2f} M, {run['rate']:.1e}, {run['schedule']})"
-        both = [math.exp(best[base, bits, groups, steps, kind]["test"]) for kind in ("lut", "lora")]
-        body.append([*row, f"{both[0] / both[1]:.3f}"])
-    return grid(["", "steps", *KINDS.values(), "LUTs / LoRA"], body)
+    for work in sorted({key[:5] for key in best if key[4]}):
+        untuned, lora, lut = (
+            best[(*work[:4], 0, "none")],
+            best[(*work, "lora")],
+            best[(*work, "lut")],
+        )
+        test = [math.exp(run["test"]) for run in (untuned, lora, lut)]
+        cells = [perplexity(test[0]), *(tuned(run) for run in (lora, lut))]
+        body.append([shape(lut), str(work[4]), *cells, f"{test[2] / test[1]:.3f}"])
+    return grid(["", "steps", "untuned", "LoRA", "LUTs", "LUTs / LoRA"], body)
+
+
+def shape(run: dict[str, Any]) -> str:
+    """The base that a run started from, and the machine where it was not the GPU."""
+    base = ", calibrated" if run["base"] == "calibrated" else ""
+    place = ", on a CPU" if run["device"] == "cpu" else ""
+    return f"{run['bits']} bits, G = {run['groups']}{base}{place}"
+
+
+def tuned(run: dict[str, Any]) -> str:
+    """Test perplexity: values trained, learning rate, schedule, kind of AdamW."""
+    kind = ", cautious" if run["kind"] == "lut" and run.get("cautious") else ""
+    words = f"{run['trained'] / 1e6:.2f} M, {run['rate']:.1e}, {run['schedule']}{kind}"
+    return f"{perplexity(math.exp(run['test']))} ({words})"
 
 
 TABLES: dict[str, Callable[[], str]] = {"methods": methods, "adaptation": adaptation}

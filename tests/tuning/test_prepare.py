@@ -187,7 +187,7 @@ def test_steps_are_shares_of_the_size_of_a_group(tiny):
 def test_absolute_steps_are_adamw(tiny):
     model = sketchconv.prepare_for_lut_training(sketchconv.load(tiny))
     twin = copy.deepcopy(model)
-    ours = lut_optimizer(model, 1e-3, relative=False)
+    ours = lut_optimizer(model, 1e-3, relative=False, cautious=False)
     trained = [m.parameter for m in training_of(twin).masters]
     theirs = torch.optim.AdamW(trained, 1e-3, eps=1e-12, weight_decay=0.0)
     for _ in range(3):
@@ -199,6 +199,34 @@ def test_absolute_steps_are_adamw(tiny):
         theirs.step()
     for mine, other in zip(training_of(model).masters, trained, strict=True):
         assert torch.equal(mine.parameter, other)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_cautious_step_never_climbs(tiny, relative):
+    """Its moves are those of AdamW where they go down this gradient, stretched by their share."""
+    model = sketchconv.prepare_for_lut_training(sketchconv.load(tiny))
+    twin = copy.deepcopy(model)
+    ours = lut_optimizer(model, 1e-2, relative=relative)
+    theirs = lut_optimizer(twin, 1e-2, relative=relative, cautious=False)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(2):
+        pairs = list(zip(training_of(model).masters, training_of(twin).masters, strict=True))
+        before = []
+        for mine, other in pairs:
+            noise = torch.randn(mine.parameter.shape, generator=generator)
+            mine.parameter.grad, other.parameter.grad = noise, noise.clone()
+            other.parameter.data.copy_(mine.parameter.data)
+            before.append(mine.parameter.detach().clone())
+        ours.step()
+        theirs.step()
+        for (mine, other), former in zip(pairs, before, strict=True):
+            moved = mine.parameter.detach() - former
+            plain = other.parameter.detach() - former
+            down = plain * mine.parameter.grad < 0
+            assert bool(down.all()) is (step == 0)
+            assert (moved[~down] == 0).all()
+            expected = plain / down.float().mean()
+            assert torch.allclose(moved[down], expected[down], rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
