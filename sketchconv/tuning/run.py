@@ -88,8 +88,8 @@ def tune(
     reporter = Reporter(progress if first else None)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = _trainer(model, material, chosen, place.folder, reporter, Collator(int(padding)))
-    before = _first_loss(trainer)
     try:
+        before = _first_loss(trainer)
         _train(trainer, checkpoint)
     except KeyboardInterrupt:
         raise place.suspended() from None

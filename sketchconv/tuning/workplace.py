@@ -76,9 +76,10 @@ class Workplace:
         return None
 
     def suspended(self) -> KeyboardInterrupt:
-        """What to raise after an interrupt."""
+        """What to raise after an interrupt; a folder without a checkpoint is removed."""
         found = last_checkpoint(self.folder)
         if found is None:
+            self.remove()
             return KeyboardInterrupt()
         return Suspended(
             f"no delta was written; {found} is kept: run the same command with --resume to go on"

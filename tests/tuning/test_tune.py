@@ -196,6 +196,19 @@ def test_a_delta_that_could_not_be_written_is_written_on_resumption(
     assert out.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_an_interrupt_before_the_first_checkpoint_leaves_nothing(tiny, text_file, tmp_path, step):
+    def progress(event):
+        if event.step == step:
+            raise KeyboardInterrupt
+
+    before = set(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        tune(tiny, text_file, tmp_path / "task.sktch", quick(), progress=progress)
+    assert type(caught.value) is KeyboardInterrupt
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_nothing_to_resume(tiny, text_file, tmp_path):
     with pytest.raises(TuningError, match="no checkpoint to resume from"):
         tune(tiny, text_file, tmp_path / "task.sktch", quick(), resume=True)
