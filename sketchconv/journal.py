@@ -86,9 +86,20 @@ class Journal:
         """
         with os_failures(self.path):
             if self._fd < 0:
-                self._open()
-            write_all(self._fd, entry.to_line())
+                self._open(entry)
+            else:
+                write_all(self._fd, entry.to_line())
         self.finished[entry.name] = entry
+
+    def reread(self) -> bool:
+        """Believe the disk, after an interrupt: it may have come between a line and its noting.
+
+        Returns:
+            Whether there is anything to go on with.
+        """
+        if self._fd >= 0:
+            self.finished = self._read()
+        return self.resumes
 
     def kept(self, total: int) -> str:
         """What was kept of so many tensors, and how to go on, in words."""
@@ -108,19 +119,24 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
 
-    def _open(self) -> None:
-        """Begin the file anew with what is known: a cut last line must not stay in the way."""
+    def _open(self, entry: Entry) -> None:
+        """Begin the file anew with what is known: a cut last line must not stay in the way.
+
+        A journal is never without an entry: who sees the file may count on finished work.
+        """
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         fresh = self.path.with_name(self.path.name + ".new")
         self._fd = os.open(fresh, flags, 0o666)
-        lines = [json.dumps(self._fingerprint).encode() + b"\n"]
+        known = (e for name, e in self.finished.items() if name != entry.name)
+        lines = (json.dumps(self._fingerprint).encode() + b"\n", *(e.to_line() for e in known))
         try:
-            write_all(self._fd, b"".join([*lines, *(e.to_line() for e in self.finished.values())]))
+            write_all(self._fd, b"".join(lines) + entry.to_line())
             fresh.replace(self.path)
         except OSError:
             self.close()
-            fresh.unlink(missing_ok=True)
             raise
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Entry]:
         try:

@@ -48,6 +48,7 @@ def keeping(journal: Journal, total: int, open_writer: Callable[[bool], W]) -> I
             journal.remove()
             raise
         except KeyboardInterrupt:
+            writer.keep = journal.reread()
             if not writer.keep:
                 raise
             raise Suspended(journal.kept(total)) from None

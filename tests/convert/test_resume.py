@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +100,34 @@ def test_before_the_first_tensor_nothing_is_kept(llama, tmp_path):
         convert(llama, tmp_path / "m.sktch", progress=Stop(2))
     assert not isinstance(caught.value, Suspended)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupt_as_the_first_tensor_is_noted(llama, tmp_path, monkeypatch, jobs):
+    """Its line is on the disk, and nothing in memory tells of it yet."""
+    real = journal_module.write_all
+
+    def struck(fd, data):
+        real(fd, data)
+        raise KeyboardInterrupt
+
+    def renamed(self, target, replace=Path.replace):
+        replace(self, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module, "write_all", struck)  # and not yet in its place
+        with pytest.raises(KeyboardInterrupt) as caught:
+            convert(llama, tmp_path / "m.sktch", jobs=jobs)
+    assert not isinstance(caught.value, Suspended)
+    assert names(tmp_path) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", renamed)
+        with pytest.raises(Suspended, match=r"^[12] of 20 tensors are finished"):
+            convert(llama, tmp_path / "m.sktch", jobs=jobs)
+    assert names(tmp_path) == [".m.sktch.sktch-partial", ".m.sktch.sktch-state"]
+    convert(llama, tmp_path / "m.sktch", jobs=jobs)
+    assert names(tmp_path) == ["m.sktch"]
 
 
 def interrupted(llama, out, at=12, recipe=None):
