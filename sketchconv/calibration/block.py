@@ -100,12 +100,7 @@ def _gather(
     """Sums of every group that saw tokens, by the group's first linear."""
     sums: dict[str, Sums] = {}
     for batch in streams.batches():
-        compressed = _tapped(work, stage, streams, batch, "compressed")
-        dense = Tapped()
-        if needs_pairs:
-            dense = _tapped(work, stage, streams, batch, "dense")
-        for group in stage.groups:
-            _add(sums, group, dense, compressed, held_out=batch.held_out)
+        _gather_batch(work, stage, streams, batch, sums, needs_pairs=needs_pairs)
     for path, found in sums.items():
         if not found.finite():
             raise CalibrationError(
@@ -113,6 +108,22 @@ def _gather(
                 f"{streams.dtype_name}, or its weights are damaged"
             )
     return sums
+
+
+def _gather_batch(
+    work: BlockWork,
+    stage: Stage,
+    streams: Streams,
+    batch: Batch,
+    sums: dict[str, Sums],
+    *,
+    needs_pairs: bool,
+) -> None:
+    """Add one batch to the sums. Of what it saw nothing outlives it, into the next one's passes."""
+    compressed = _tapped(work, stage, streams, batch, "compressed")
+    dense = _tapped(work, stage, streams, batch, "dense") if needs_pairs else Tapped()
+    for group in stage.groups:
+        _add(sums, group, dense, compressed, held_out=batch.held_out)
 
 
 def _tapped(

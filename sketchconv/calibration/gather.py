@@ -43,18 +43,20 @@ class Sums:
             residual: the residual stream ``[tokens, rows]``, dense and compressed.
             held_out: count the tokens in the held-out Hessian only.
         """
+        own = _columns(inputs)
         if held_out:
             self.held_tokens += len(inputs)
-            self._held += product(inputs, inputs)
+            self._held += _linear(own, own, inputs)
             return
         self.tokens += len(inputs)
-        self._hessian += product(inputs, inputs)
+        self._hessian += _linear(own, own, inputs)
         if dense is None or dense.shape != inputs.shape:
             self._paired = False
             return
-        self._cross += product(dense.float() - inputs.float(), inputs)
+        self._cross += _linear(_columns(dense).sub_(own), own, inputs)
         if residual is not None and self._residual is not None:
-            self._residual += product(residual[0].float() - residual[1].float(), inputs)
+            change = _columns(residual[0]).sub_(residual[1].t())
+            self._residual += _linear(change, own, inputs)
 
     def finite(self) -> bool:
         """Whether no NaN and no infinity came in."""
@@ -93,9 +95,17 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     Where `right` is bfloat16, both factors may be taken in bfloat16 on CPUs that have
     instructions for it; sums are float32 in any case. Inputs that are bfloat16 lose nothing.
     """
-    a = left.t().float().contiguous()
-    b = right.t().float().contiguous()
-    with _bf16_factors(right):
+    return _linear(_columns(left), _columns(right), right)
+
+
+def _columns(rows: Tensor) -> Tensor:
+    """Float32 ``[columns, tokens]``, contiguous, from ``[tokens, columns]``: one copy, our own."""
+    return torch.empty(rows.shape[::-1], device=rows.device).copy_(rows.t())
+
+
+def _linear(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """``a @ b.T``; in bfloat16 where that is allowed for `like`."""
+    with _bf16_factors(like):
         return torch.nn.functional.linear(a, b)
 
 
