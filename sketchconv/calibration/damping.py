@@ -9,6 +9,7 @@ import torch
 from sketchconv.calibration.rows import errors
 from sketchconv.calibration.spans import Request, fit, one_thread, opened
 from sketchconv.kernels.cpu import LutRangeError
+from sketchconv.memory import give_back
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,7 @@ def choose_damping(weight: Tensor, request: Request, factors: Factors) -> float:
         scores.append(_score(sample, rows, request, factors, damping, factors.statistics.held_out))
         best = method.dampings[scores.index(min(scores))]
         factors.keep_only(best)  # each has two matrices of columns x columns
+        give_back()  # or what one damping has freed stays beside what the next one takes
     return best
 
 

@@ -94,10 +94,9 @@ def _factor(hessian: Tensor, damping: float, act_order: bool) -> Factor:
         order = diagonal.argsort(descending=True, stable=True)
     else:
         order = torch.arange(diagonal.numel(), device=diagonal.device)
-    ordered = hessian[order][:, order]
     used = damping
     for _ in range(ATTEMPTS):
-        matrix, dead = damped(ordered, used)
+        matrix, dead = damped(hessian[order][:, order], used)
         upper = _inverse_upper(matrix)
         if upper is not None:
             return Factor(order, matrix, upper, used, dead)
@@ -114,11 +113,12 @@ def _inverse_upper(matrix: Tensor) -> Tensor | None:
     With the columns backwards the matrix is ``L L'``; forwards again, L is upper triangular and its
     inverse is U. One Cholesky and one triangular inverse instead of two and an inverse.
     """
-    backwards = _cholesky_or_none(matrix.flip(0, 1))
-    if backwards is None:
+    found = _cholesky_or_none(matrix.flip(0, 1))
+    if found is None:
         return None
-    eye = torch.eye(matrix.shape[0], dtype=backwards.dtype, device=matrix.device)
-    upper: Tensor = torch.linalg.solve_triangular(backwards.flip(0, 1), eye, upper=True)
+    found = found.flip(0, 1)  # under the same name: a calibration's memory peaks here
+    eye = torch.eye(matrix.shape[0], dtype=found.dtype, device=matrix.device)
+    upper: Tensor = torch.linalg.solve_triangular(found, eye, upper=True)
     return upper.float()
 
 

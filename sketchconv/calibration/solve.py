@@ -98,8 +98,9 @@ def solve(
         factor = factors.factor(damping, act_order=method.act_order)
     found = fit(goal, request, factor, factors.statistics.held_out, column_weights)
     error = _relative_error(goal, found, request, factor, factors.statistics)
-    notes = _notes(factor, damping)
-    return _solution(weight, found, request, factor.order, error, factor.damping, notes)
+    order, notes, damping = factor.order, _notes(factor, damping), factor.damping
+    del factors, factor  # two matrices of columns x columns, where no caller shares them
+    return _solution(weight, found, request, order, error, damping, notes)
 
 
 def _check(weight: Tensor, bits: int, groups: int, lut_dtype: str) -> None:

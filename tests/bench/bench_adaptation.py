@@ -63,6 +63,7 @@ class Run:
     schedule: str = "cosine"
     base: str = "data-free"
     cautious: bool = True
+    seed: int = 0  # of the order of the training text, and of LoRA's start
 
     @property
     def key(self) -> str:
@@ -90,7 +91,7 @@ def windows_of(tokenizer: Any, options: argparse.Namespace) -> Text:
 
     known = cut(options.train)
     end = int(len(known) * (1 - HELD_OUT))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(end, generator=generator)
     count = options.windows
     parts = (known[order], known[end:][: max(1, count // 2)], cut(options.test)[:count])
@@ -124,7 +125,7 @@ def lora_model(path: Path, run: Run, device: str) -> tuple[Any, Any]:
 
     model = sketchconv.load(path, dtype=torch.bfloat16)
     model = model.dequantize().requires_grad_(False)
-    torch.manual_seed(0)
+    torch.manual_seed(run.seed)
     config = LoraConfig(
         r=run.rank, lora_alpha=2 * run.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -259,7 +260,7 @@ def plan(bits: int, groups: int, path: Path, options: argparse.Namespace) -> lis
     fair = math.ceil(values / rank_one)
     shared = {"length": options.length, "windows": options.windows, "base": base_of(options)}
     base = Run("none", bits, groups, **shared)
-    work = replace(base, steps=options.steps, batch=options.batch)
+    work = replace(base, steps=options.steps, batch=options.batch, seed=options.seed)
     runs = [base]
     tables = replace(work, kind="lut", optimizer=options.optimizer)
     adapter = replace(work, kind="lora", epsilon=1e-8, cautious=False)
@@ -282,6 +283,7 @@ def ablations(options: argparse.Namespace) -> list[Run]:
     """One thing changed at a time; rates in the weights' own unit too."""
     work = Run("lut", 4, 4, steps=options.steps, batch=options.batch, length=options.length)
     work = replace(work, windows=options.windows, rate=options.ablation_rate, base=base_of(options))
+    work = replace(work, seed=options.seed)
     absolute = [replace(work, relative=False, rate=rate) for rate in options.absolute_rates]
     return [
         replace(work, gradient="mean"),
@@ -301,7 +303,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         row = json.loads(line)
         # Rows of before there was a choice.
         since = {"optimizer": "adamw", "schedule": "cosine", "base": "data-free", "cautious": False}
-        row = since | row
+        row = since | {"seed": 0} | row
         found[Run(**{k: row[k] for k in names}).key] = row
     return found
 
@@ -321,6 +323,7 @@ def tell(row: dict[str, Any]) -> None:
     extras += [] if row["clip"] < 1e8 else ["no clipping"]
     if extras[:1] == ["adamw"]:
         extras += [f"eps {row['epsilon']:g}", "cautious" if row["cautious"] else "plain"]
+    extras += [f"seed {row['seed']}"] if row["seed"] else []
     print(
         f"{row['base']} {row['bits']} bits G={row['groups']} {name:10} lr {row['rate']:.0e} "
         f"{row['trained'] / 1e6:6.2f} M, test ppl {math.exp(row['test']):7.3f}, held-out "
@@ -340,7 +343,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in plain:
         work = (row["steps"], row["batch"], row["length"], row["windows"])
         shape = (row["bits"], row["groups"], row["kind"], row["rank"], row["base"], work)
-        shape += (row["optimizer"], row["cautious"])
+        shape += (row["optimizer"], row["cautious"], row["seed"])
         groups.setdefault(shape, []).append(row)
     for key in sorted(groups, key=lambda k: (-k[0], k[1], k[2] != "none", k[2], k[3])):
         tell(min(groups[key], key=lambda row: row["held_out"]))
@@ -366,6 +369,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--lora-rates", type=float, nargs="*", default=LORA_RATES)
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the training text")
     parser.add_argument("--ablation-rate", type=float, default=4e-3)
     parser.add_argument("--absolute-rates", type=float, nargs="*", default=[2e-4, 4e-4, 8e-4])
     parser.add_argument("--shapes", nargs="+", help="as 4x1: bits x groups [default: all]")

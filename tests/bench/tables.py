@@ -79,14 +79,15 @@ def adaptation() -> str:
     """For each shape and length: untuned, LoRA and LUTs, each at its best by the held-out loss."""
     best: dict[Any, dict[str, Any]] = {}
     for row in read("adaptation.jsonl"):
-        key = (row["device"], row["base"], -row["bits"], row["groups"], row["steps"], row["kind"])
+        where = (row["device"], row["base"], -row["bits"], row["groups"])
+        key = (*where, row["steps"], row.get("seed", 0), row["kind"])
         known = best.get(key)
         if known is None or row["held_out"] < known["held_out"]:
             best[key] = row
     body = []
-    for work in sorted({key[:5] for key in best if key[4]}):
+    for work in sorted({key[:6] for key in best if key[4]}):
         untuned, lora, lut = (
-            best[(*work[:4], 0, "none")],
+            best[(*work[:4], 0, 0, "none")],
             best[(*work, "lora")],
             best[(*work, "lut")],
         )
@@ -100,7 +101,8 @@ def shape(run: dict[str, Any]) -> str:
     """The base that a run started from, and the machine where it was not the GPU."""
     base = ", calibrated" if run["base"] == "calibrated" else ""
     place = ", on a CPU" if run["device"] == "cpu" else ""
-    return f"{run['bits']} bits, G = {run['groups']}{base}{place}"
+    order = ", other order" if run.get("seed") else ""
+    return f"{run['bits']} bits, G = {run['groups']}{base}{place}{order}"
 
 
 def tuned(run: dict[str, Any]) -> str:
