@@ -151,7 +151,8 @@ class DeltaWriter:
             OutputFailure: the disk is full or fails, or the target appeared meanwhile.
         """
         document = DeltaDocument(self._records, self.coding, self._digests, base, task, tool)
-        document.check(self.path.name)
+        # As it will be read: free text may hold what a writer lets pass and no reader takes.
+        DeltaDocument.from_json(document.to_json(), self.path.name)
         file = staging.staging_path(self.path)
         if self.folder:
             config = adapter_config(document)

@@ -111,13 +111,23 @@ def open_folder(target: Path, *, keep: Collection[str] = ()) -> int:
         OutputFailure: if another writer holds it, or the parent is not writable.
     """
     path = staging_path(target)
+    fd = lock_folder(path, target)
+    with os_failures(target):
+        empty(path, keep)
+    return fd
+
+
+def lock_folder(path: Path, target: Path) -> int:
+    """Make the folder `path` unless it is there, lock it for `target`; return its descriptor.
+
+    Raises:
+        OutputFailure: if another writer holds it, or the parent is not writable.
+    """
     while True:
         with os_failures(target):
             path.mkdir(exist_ok=True)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         if _locked(fd, path, target):
-            with os_failures(target):
-                _empty(path, keep)
             return fd
         os.close(fd)
 
@@ -241,7 +251,8 @@ def _locked(fd: int, path: Path, target: Path) -> bool:
     return True
 
 
-def _empty(path: Path, keep: Collection[str]) -> None:
+def empty(path: Path, keep: Collection[str] = ()) -> None:
+    """Remove all that a folder holds but for the files named in `keep`."""
     for child in path.iterdir():
         if child.name in keep and child.is_file() and not child.is_symlink():
             continue

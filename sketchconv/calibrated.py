@@ -72,8 +72,8 @@ def _run(
     writing = _ticker("write", progress)
     calibrated = calibrate(job, recover=recover, threads=threads, tick=tick, writing=writing)
     recovery = calibrated.report.recovery
-    if recover and not calibrated.by_blocks:
-        recovery = _recover(job, calibrated, recover, threads, progress)
+    if calibrated.recover:
+        recovery = _recover(job, calibrated, threads, progress)
     report = dataclasses.replace(calibrated.report, recovery=recovery)
     with job.writer() as writer:
         worker = Worker(job.renewed(), writer, threads, calibrated.weights())
@@ -99,7 +99,6 @@ def check_disk(job: Job) -> None:
 def _recover(
     job: Job,
     calibrated: Calibrated,
-    tokens: int,
     threads: int | None,
     progress: ProgressCallback | None,
 ) -> RecoveryReport:
@@ -111,7 +110,7 @@ def _recover(
         write(Worker(job.renewed(), writer, threads, calibrated.weights()), writer, progress)
     tick = _ticker("recover", progress)
     with torch_threads(threads):
-        return recover_draft(job, calibrated, draft, tokens, tick)
+        return recover_draft(job, calibrated, draft, calibrated.recover, tick)
 
 
 def _ticker(action: str, progress: ProgressCallback | None) -> Tick | None:

@@ -143,6 +143,9 @@ def activate(model: Any, name: str | list[str]) -> None:
 def delete(model: Any, names: str | list[str]) -> None:
     """Drop adapters and their memory. If the active one is among them the base is active.
 
+    With the last one goes that they were disabled: the next to be loaded is in use, and without
+    any `enable_adapters` is refused. (After peft's the next would be out of use without a sign.)
+
     Raises:
         AdapterError: one of them is not there; then none is dropped.
     """
@@ -156,6 +159,7 @@ def delete(model: Any, names: str | list[str]) -> None:
         if adapters.active == name:
             adapters.active = None
         adapters.changes += 1
+        adapters.enabled = adapters.enabled or not adapters.loaded
 
 
 def active(model: Any) -> list[str]:

@@ -163,7 +163,9 @@ def _generate(
 
 
 def _check_count(names: batch.Names, *args: Any, **kwargs: Any) -> None:
-    for value in (*args, *kwargs.values()):
+    # What has a row per sample comes first: positions and masks may have one row for all samples.
+    samples = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs")]
+    for value in (*samples, *args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.dim():
             if value.shape[0] != len(names):
                 raise AdapterError(

@@ -81,7 +81,8 @@ def calibrate_block(
     found = find_stages(work.dense, call, hidden, list(work.targets))
     stages, unseen = with_siblings(*found)
     for path in unseen:
-        work.skipped[work.targets[path].name] = "no calibration token reached it"
+        # Other batches may reach it, and a run that goes on finds these values in its place.
+        _leave_to_writer(work, path, "no calibration token reached it", weights, threads)
     stages = in_passes(stages, {path: r.shape for path, r in work.targets.items()})
     work.kept = streams.kept(work.index, work.dense, stages)
     for stage in stages:
@@ -92,6 +93,15 @@ def calibrate_block(
             _solve_group(work, group, sums.get(group.linears[0]), weights, method, threads)
         give_back()
         yield [path for group in stage.groups for path in group.linears]
+
+
+def _leave_to_writer(
+    work: BlockWork, path: str, reason: str, weights: Weights, threads: int | None
+) -> None:
+    """Have a weight fitted without data; the compressed block computes with the like meanwhile."""
+    record = work.targets[path]
+    work.skipped[record.name] = reason
+    put_fallback(work.compressed.get_submodule(path), record, weights, threads)
 
 
 def _gather(
@@ -177,8 +187,7 @@ def _solve_group(
     if sums is None or tokens < min(columns, _MIN_TOKENS):
         for path in group.linears:
             reason = f"only {tokens} calibration tokens reached it"
-            work.skipped[work.targets[path].name] = reason
-            put_fallback(work.compressed.get_submodule(path), work.targets[path], weights, threads)
+            _leave_to_writer(work, path, reason, weights, threads)
         return
     together: dict[tuple[Any, ...], list[Target]] = {}
     for path in group.linears:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sketchconv.calibration.forward import Stopped, last_hidden, replaced_forward, run_to_stop
 from sketchconv.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -31,15 +31,11 @@ class Call:
     kwargs: Mapping[str, Any]
     keyword: str | None
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Any:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """Whatever the block returns for these hidden states."""
         if self.keyword is None:
             return block(hidden, *self.args, **self.kwargs)
         return block(*self.args, **{self.keyword: hidden, **self.kwargs})
-
-
-class Stopped(Exception):
-    """Raised inside a model to end a forward pass whose rest is not needed."""
 
 
 def find_blocks(model: nn.Module) -> str:
@@ -89,11 +85,15 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 def catch_first(
     model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor
 ) -> tuple[Tensor, Call]:
-    """The hidden states ``[windows, seq, hidden]`` that reach the first block, and its call."""
+    """The hidden states ``[windows, seq, hidden]`` that reach the first block, and its call.
+
+    Raises:
+        CalibrationError: the blocks do not run, or what they take has another form.
+    """
     caught: list[tuple[Tensor, Call]] = []
 
     def stub(*args: Any, **kwargs: Any) -> Any:
-        caught.append(_split(args, kwargs))
+        caught.append(split_call(args, kwargs))
         raise Stopped
 
     with replaced_forward({blocks[0]: stub}):
@@ -102,52 +102,84 @@ def catch_first(
         raise CalibrationError(
             f"{type(model).__name__} does not run its blocks; convert it without --calibration"
         )
+    shape = caught[0][0].shape
+    if len(shape) != 3 or shape[:2] != ids.shape:
+        raise CalibrationError(
+            f"{type(model).__name__}: its blocks take hidden states {list(shape)}, expected "
+            f"[{ids.shape[0]}, {ids.shape[1]}, width] (windows, tokens, width); convert it without "
+            "--calibration"
+        )
     return caught[0]
 
 
 def catch_calls(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor, returned: Any
-) -> list[Call]:
-    """How every block is called.
+    model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor
+) -> tuple[list[Call], Any]:
+    """How every block is called, and what the first one returns.
+
+    The first block is run, since models hand on what it returns beside the hidden states (T5 its
+    position bias); the others are taken to return the like. The model runs on behind the last
+    block, up to its head: what shares one block among several layers would run it again there.
 
     Args:
-        model: everything outside the blocks has its weights.
+        model: everything outside the blocks, and the first block, has its weights.
         blocks: all blocks, in their order.
         ids: int64 ``[windows, seq]``.
-        returned: what the first block returns; the others are taken to return the like.
 
     Raises:
         CalibrationError: the model skips blocks or runs one twice.
     """
-    calls: list[Call] = []
-    order: list[int] = []
-    passed: list[Tensor] = []
+    catcher = _Catcher(model, blocks)
+    stubs = {block: catcher.stub(index) for index, block in enumerate(blocks)}
+    with replaced_forward(stubs):
+        last_hidden(model, ids)
+    if len(catcher.calls) != len(blocks):
+        raise catcher.disorder()
+    return catcher.calls, catcher.returned
 
-    def stub(index: int) -> Callable[..., Any]:
+
+class _Catcher:
+    """Stands in for a model's blocks, and notes how they are called."""
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
+        self.calls: list[Call] = []
+        self.returned: Any = None
+        self._name, self._blocks = type(model).__name__, blocks
+        self._passed: Tensor | None = None
+
+    def stub(self, index: int) -> Callable[..., Any]:
+        """What a block runs in place of its own forward."""
+        original = self._blocks[index].forward
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, call = _split(args, kwargs)
-            if passed and not torch.equal(passed.pop(), hidden):
+            hidden, call = split_call(args, kwargs)
+            if index != len(self.calls):
+                raise self.disorder()
+            if self._passed is not None and not torch.equal(self._passed, hidden):
                 raise CalibrationError(
-                    f"{type(model).__name__} changes what passes from block {index - 1} to the "
-                    "next; convert it without --calibration"
+                    f"{self._name} changes what passes from block {index - 1} to the next; convert "
+                    "it without --calibration"
                 )
-            passed.append(hidden)
-            calls.append(call)
-            order.append(index)
-            if len(order) == len(blocks):
-                raise Stopped
-            return with_hidden(returned, hidden)
+            self._passed = hidden
+            self.calls.append(call)
+            if index == 0:
+                # A copy: a block may add to what it is given in place.
+                self.returned = call.run(original, hidden.clone())
+            return _with_rest(self.returned, hidden)
 
         return forward
 
-    with replaced_forward({block: stub(i) for i, block in enumerate(blocks)}):
-        run_to_stop(model, ids)
-    if order != list(range(len(blocks))):
-        raise CalibrationError(
-            f"{type(model).__name__} does not run its {len(blocks)} blocks once each, one after "
-            "the other; convert it without --calibration"
+    def disorder(self) -> CalibrationError:
+        """The error of a model that goes through its blocks in another way."""
+        return CalibrationError(
+            f"{self._name} does not run its {len(self._blocks)} blocks once each, one after the "
+            "other; convert it without --calibration"
         )
-    return calls
+
+
+def _with_rest(output: Any, hidden: Tensor) -> Any:
+    """What a block returned, with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
 
 def same_calls(first: Sequence[Call], second: Sequence[Call]) -> int | None:
@@ -160,27 +192,7 @@ def same_calls(first: Sequence[Call], second: Sequence[Call]) -> int | None:
     return None
 
 
-def run_to_stop(model: PreTrainedModel, ids: Tensor) -> None:
-    """Run the model on token ids until something in it raises `Stopped`."""
-    try:
-        model(input_ids=ids)
-    except Stopped:
-        return
-
-
-@contextmanager
-def replaced_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let modules run other functions while the block lasts."""
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in forwards:
-            del module.forward
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     """Hidden states and the rest of a block's arguments."""
     if args and isinstance(args[0], Tensor):
         return args[0], Call(args[1:], kwargs, None)

@@ -1,4 +1,4 @@
-"""A model's output head, and what the dense model gives it."""
+"""What the dense model gives its output head."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from sketchconv.calibration import blocks as around
+from sketchconv.calibration.blocks import with_hidden
+from sketchconv.calibration.forward import find_head, last_hidden, replaced_forward
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from sketchconv.calibration.streams import Streams
+
+__all__ = ["final_hidden", "find_head", "passing"]
 
 
 def final_hidden(streams: Streams) -> Iterator[tuple[int, Tensor]]:
@@ -25,44 +26,16 @@ def final_hidden(streams: Streams) -> Iterator[tuple[int, Tensor]]:
         First window, and the hidden states after everything between the last block and the head.
     """
     model, weights = streams.model, streams.weights
-    head = find_head(model)
-    weights.fill("", without=frozenset({streams.path, *streams.heads()}))
+    weights.fill("", without=streams.inside)
     try:
         for batch in streams.batches():
-            passed = around.with_hidden(streams.returned, streams.dense_hidden(batch))
-            with around.replaced_forward(_passing(streams.blocks, passed)):
-                yield batch.begin, _last_hidden(model, head, streams.ids(batch))
+            passed = with_hidden(streams.returned, streams.dense_hidden(batch))
+            with replaced_forward(passing(streams.blocks, passed)):
+                yield batch.begin, last_hidden(model, streams.ids(batch))
     finally:
         weights.empty("")
 
 
-def find_head(model: PreTrainedModel) -> nn.Module | None:
-    """The output head of a language model; None for models without one."""
-    try:
-        head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    except NotImplementedError:
-        return None
-    return head
-
-
-def _last_hidden(model: PreTrainedModel, head: nn.Module | None, ids: Tensor) -> Tensor:
-    if head is None:
-        last: Tensor = model.base_model(input_ids=ids).last_hidden_state
-        return last
-    caught: list[Tensor] = []
-
-    def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught.append(args[0])
-        raise around.Stopped
-
-    handle = head.register_forward_pre_hook(catch)
-    try:
-        around.run_to_stop(model, ids)
-    finally:
-        handle.remove()
-    return caught[0]
-
-
-def _passing(modules: Sequence[nn.Module], output: Any) -> Mapping[nn.Module, Callable[..., Any]]:
+def passing(modules: Sequence[nn.Module], output: Any) -> Mapping[nn.Module, Callable[..., Any]]:
     """Forwards that return the same, whatever they are given."""
     return {module: (lambda *_args, **_kwargs: output) for module in modules}

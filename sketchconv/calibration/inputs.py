@@ -158,7 +158,8 @@ def _check_positions(seq_len: int, weights: Weights) -> None:
     for name, module in weights.model.named_modules():
         if "position" in name and getattr(module, "padding_idx", None) is not None:
             most = module.num_embeddings - module.padding_idx - 1  # RoBERTa's start behind it
-    if isinstance(most, int) and seq_len > most:
+    # XLNet says -1: no limit.
+    if isinstance(most, int) and 1 <= most < seq_len:
         raise CalibrationError(
             f"windows of {seq_len} tokens, but the model has positions for {most}; "
             f"take --seq-len {most} or less"

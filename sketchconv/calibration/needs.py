@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from sketchconv.calibration.mixtures import SUMS_BYTES, sums_of_experts
+from sketchconv.calibration.state import begun
 from sketchconv.calibration.streams import BATCH_TOKENS
 from sketchconv.errors import CalibrationError
 from sketchconv.memory import anonymous_bytes
@@ -35,7 +36,7 @@ def working_memory(setting: Setting) -> int:
     """Bytes beyond what the process holds now: one block twice, its sums and solve, a batch.
 
     Hidden states of all windows are not counted: they go to disk where they do not fit. The
-    embedding is held before the first block and not with it.
+    embedding is held before the first block is solved, with one block at a time, and not later.
     """
     model = setting.weights.model
     size = setting.weights.dtype.itemsize
@@ -50,8 +51,9 @@ def working_memory(setting: Setting) -> int:
     inside = 2 * largest * size + 4 * _SQUARES * widest**2 + 4 * _COPIES * 2 * weights
     mixtures = (sums_of_experts({p: r.shape for p, r in b.items()}) for b in setting.targets)
     inside += min(SUMS_BYTES, max(mixtures, default=0))
-    inside += _ACTIVATIONS * BATCH_TOKENS * features * size
-    return max(inside, (_parameters(model) - _parameters(blocks)) * size)
+    activations = _ACTIVATIONS * BATCH_TOKENS * features * size
+    outside = (_parameters(model) - _parameters(blocks) + largest) * size
+    return max(inside, outside) + activations
 
 
 def training_memory(setting: Setting, sketch_bytes: int) -> int:
@@ -81,11 +83,17 @@ def fits_whole(setting: Setting, sketch_bytes: int, limit: int | None) -> bool:
 
 
 def by_blocks(job: Job, setting: Setting) -> bool:
-    """Whether each block is recovered by itself, rather than the whole model in the end."""
+    """Whether each block is recovered by itself, rather than the whole model in the end.
+
+    What memory is free changes from run to run: one that goes on does as the first one did.
+    """
     by = "auto" if job.calibration is None else job.calibration.recover_by
-    return by == "blocks" or (
-        by == "auto" and not fits_whole(setting, job.output_bytes, job.max_memory)
-    )
+    if by != "auto":
+        return by == "blocks"
+    earlier = begun(job.output)
+    if earlier is not None:
+        return bool(earlier.get("rebuilt"))
+    return not fits_whole(setting, job.output_bytes, job.max_memory)
 
 
 def _parameters(module: nn.Module) -> int:

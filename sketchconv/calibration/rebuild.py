@@ -21,7 +21,6 @@ from sketchconv.calibration.hidden import HiddenStates
 from sketchconv.calibration.placing import put_tensors
 from sketchconv.calibration.streams import Batch
 from sketchconv.recovery.blockwise import reconstruct
-from sketchconv.recovery.options import RecoveryOptions
 from sketchconv.recovery.student import working_dtype
 from sketchconv.runtime.modules import SketchLinear
 from sketchconv.runtime.replace import sketched
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from sketchconv.calibration.block import BlockWork
     from sketchconv.calibration.streams import Streams
+    from sketchconv.recovery.options import RecoveryOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +45,14 @@ class Rebuilt:
 
 
 def rebuild(
-    work: BlockWork, streams: Streams, tokens: int, seed: int, spill: Path | None
+    work: BlockWork, streams: Streams, options: RecoveryOptions, spill: Path | None
 ) -> Rebuilt | None:
     """Train the LUTs of a block that has been calibrated; `work` holds the better ones afterwards.
 
     Args:
-        work: with its tensors; what was skipped stays dense.
+        work: with its tensors; what was skipped stays as it is.
         streams: short windows in front of the block, in both models, learned for single windows.
-        tokens: to train on.
-        seed: of their order.
+        options: of the training.
         spill: a file for the dense block's outputs; None keeps them in memory.
 
     Returns:
@@ -62,7 +61,6 @@ def rebuild(
     call = streams.call(work.index, Batch(0, 1))
     outputs = _dense_outputs(work, streams, spill)
     inputs = streams.compressed.values
-    options = RecoveryOptions(tokens=tokens, seed=seed, step_tokens=inputs.shape[1])
     dtype = working_dtype(streams.weights.device)
     own = _in_dtype(call, dtype)
 

@@ -13,7 +13,7 @@ from sketchconv.architecture import open_skeleton
 from sketchconv.calibration.devices import find_device
 from sketchconv.calibration.heads import find_head
 from sketchconv.calibration.kept import save_tensors
-from sketchconv.calibration.report import RecoveryReport
+from sketchconv.calibration.report import RecoveryReport, not_run
 from sketchconv.calibration.state import RECOVERED
 from sketchconv.calibration.teacher import Teacher
 from sketchconv.calibration.weights import Weights
@@ -51,7 +51,7 @@ def recover_draft(
 
     teacher = Teacher(calibrated.state.folder, calibrated.windows)
     if not teacher.done:
-        return _not_run("the dense model's last hidden states are not known")
+        return not_run("the dense model's last hidden states are not known")
     device = find_device(job.calibration.device if job.calibration else "auto")
     student = load(draft).to(device)  # type: ignore[arg-type]
 
@@ -60,7 +60,7 @@ def recover_draft(
             tick(f"recovery: loss {event.loss:.4f}", event.step, event.steps)
 
     seed = job.calibration.seed if job.calibration else 0
-    options = RecoveryOptions(tokens=tokens, seed=seed)
+    options = RecoveryOptions(tokens=tokens, seed=seed, max_memory=job.max_memory)
     if tick is not None:
         tick("recovery: measuring first", 0, 1)
     try:
@@ -73,9 +73,9 @@ def recover_draft(
             progress,
         )
     except RecoveryError as error:
-        return _not_run(str(error))
+        return not_run(str(error))
     except (MemoryError, torch.OutOfMemoryError):  # the calibrated sketch is worth writing as it is
-        return _not_run(_DOES_NOT_FIT)
+        return not_run(_DOES_NOT_FIT)
     if result.kept:
         path = calibrated.state.folder / RECOVERED
         save_tensors(path, _sketches(student, job.source), {})
@@ -88,10 +88,6 @@ def recover_draft(
         result.seconds,
         result.note,
     )
-
-
-def _not_run(note: str) -> RecoveryReport:
-    return RecoveryReport("kl", None, None, False, 0, 0.0, f"not run: {note}")
 
 
 def _sketches(student: Any, source: Source) -> dict[str, Tensor]:

@@ -36,6 +36,11 @@ class RecoveryReport:
     note: str = ""
 
 
+def not_run(note: str) -> RecoveryReport:
+    """The report on a recovery that was not run, and why."""
+    return RecoveryReport("kl", None, None, False, 0, 0.0, f"not run: {note}")
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
     """What a calibration did.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sketchconv.calibration.options import Calibration
-from sketchconv.calibration.report import CalibrationReport, make_report
+from sketchconv.calibration.report import CalibrationReport, make_report, not_run
 from sketchconv.calibration.threads import torch_threads
 from sketchconv.memory import give_back, give_back_at_once, watched_peak
 
@@ -39,13 +39,13 @@ class Calibrated:
         state: the folder, to be removed when the output exists.
         report: for the user.
         windows: int64 ``[n, short]``, the token ids to recover on.
-        by_blocks: whether the blocks were recovered one by one already.
+        recover: tokens that the whole model is still to be recovered on.
     """
 
     state: CalibrationState
     report: CalibrationReport
     windows: Tensor
-    by_blocks: bool = False
+    recover: int = 0
 
     def weights(self) -> FinishedWeights:
         """The finished weights, recovered LUTs included."""
@@ -69,7 +69,8 @@ def calibrate(
 
     Args:
         job: with a calibration.
-        recover: tokens whose final hidden states in the dense model are kept.
+        recover: tokens to recover on, in each block or, afterwards, in the whole model: then the
+            dense model's final hidden states are kept.
         threads: of torch and of the solver; the same number gives the same bytes.
         tick: called after each stage of a block.
         writing: called while the model writes its own text, with tokens in place of weights.
@@ -80,9 +81,10 @@ def calibrate(
     """
     import torch
 
-    from sketchconv.calibration.needs import by_blocks, check_memory
+    from sketchconv.calibration.needs import check_memory
     from sketchconv.calibration.setting import fingerprint, make_setting
     from sketchconv.calibration.state import RECOVERED, CalibrationState
+    from sketchconv.calibration.ways import choose_way
 
     started = time.perf_counter()
     if job.calibration is None:
@@ -92,18 +94,20 @@ def calibrate(
         if job.max_memory is not None:
             give_back_at_once()
         check_memory(setting, job.max_memory)
-        rebuilt = recover if recover and by_blocks(job, setting) else 0
-        state = CalibrationState(job.output, fingerprint(job, setting, rebuilt))
+        way = choose_way(job, setting, recover)
+        state = CalibrationState(job.output, fingerprint(job, setting, way.blocks))
         # Of a run that was broken off later: it would be the start of this one's recovery.
         (state.folder / RECOVERED).unlink(missing_ok=True)
         run = _Run(job, setting, state, threads, tick)
         with watched_peak() as peak:
             try:
-                run.blocks(recover=bool(recover), rebuilt=rebuilt)
+                run.blocks(teach=bool(way.model), rebuilt=way.blocks)
             finally:
                 run.close()
     report = run.report(time.perf_counter() - started, peak())
-    return Calibrated(state, report, setting.windows.short, bool(rebuilt))
+    if way.note:
+        report = replace(report, recovery=not_run(way.note))
+    return Calibrated(state, report, setting.windows.short, way.model)
 
 
 class _Run:
@@ -122,17 +126,18 @@ class _Run:
         self._streams: list[Streams] = []
         self._tick, self._done, self._rebuilt = tick, 0, 0
 
-    def blocks(self, *, recover: bool, rebuilt: int = 0) -> None:
+    def blocks(self, *, teach: bool, rebuilt: int) -> None:
         """All blocks; those that an earlier run finished are only run through.
 
-        With `recover`, what goes into the dense model's head is kept; with `rebuilt` each block is
+        With `teach`, what goes into the dense model's head is kept; with `rebuilt` each block is
         recovered on so many tokens instead.
         """
+        from sketchconv.calibration.agreement import check_blocks
         from sketchconv.calibration.teacher import Teacher
 
         count, teacher = len(self.setting.targets), None
         self._rebuilt = rebuilt
-        if recover and not rebuilt:
+        if teach:
             teacher = Teacher(self.state.folder, self.setting.windows.short)
         if all(self.state.done(index) for index in range(count)) and (not teacher or teacher.done):
             # Nothing depends on the hidden states any more.
@@ -140,6 +145,10 @@ class _Run:
             return
         wanted = teacher if teacher and not teacher.done else None
         paired, *others = self._open(recover=wanted is not None or bool(rebuilt))
+        if not self.state.done(0):
+            self._say("comparing the blocks with the whole model", 0)
+            check_blocks(paired)
+            give_back()
         for index in range(count):
             self._block(index, paired, others)
         if wanted is not None:
@@ -218,11 +227,18 @@ class _Run:
 
     def _rebuild(self, work: BlockWork, streams: Streams) -> dict[str, Any] | None:
         from sketchconv.calibration.rebuild import rebuild
+        from sketchconv.recovery.options import RecoveryOptions
 
         self._say(f"block {work.index + 1}/{len(self.setting.targets)}: recovery", 0)
         seed = 0 if self.job.calibration is None else self.job.calibration.seed
         spill = self.state.folder / "recovery-outputs.hidden" if streams.spilled else None
-        found = rebuild(work, streams, self._rebuilt, seed, spill)
+        options = RecoveryOptions(
+            tokens=self._rebuilt,
+            seed=seed,
+            step_tokens=streams.windows.shape[1],
+            max_memory=self.job.max_memory,
+        )
+        found = rebuild(work, streams, options, spill)
         return None if found is None else asdict(found)
 
     def _replay(self, work: BlockWork, digest: str) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sketchconv.calibration.blocks import Call, replaced_forward, with_hidden
+from sketchconv.calibration.blocks import Call, with_hidden
+from sketchconv.calibration.forward import replaced_forward
 from sketchconv.calibration.hidden import HiddenStates
 from sketchconv.calibration.stages import Stage
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sketchconv.architecture import open_skeleton
+from sketchconv.calibration.agreement import check_blocks
 from sketchconv.calibration.blocks import find_blocks
 from sketchconv.calibration.devices import compute_dtype, find_device
 from sketchconv.calibration.heads import final_hidden, find_head
@@ -66,6 +67,7 @@ def mean_squares(
             tick("embedding the text", 0, 1)
         streams = Streams(setting, windows.gathered, folder, room, paired=False)
         try:
+            check_blocks(streams)
             found = _of_blocks(streams, tick)
             found.update(_of_head(streams))
         finally:

@@ -161,6 +161,13 @@ def state_folder(output: Path) -> Path:
     return output.with_name(output.name + SUFFIX)
 
 
+def begun(output: Path) -> Mapping[str, Any] | None:
+    """The fingerprint of a calibration that was broken off with finished blocks; None without."""
+    folder = state_folder(output)
+    finished = any(folder.glob("block-*.safetensors"))
+    return read_json(folder / _FINGERPRINT) if finished else None
+
+
 def forget(output: Path) -> None:
     """Drop the state of a calibration, if there is one.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sketchconv.calibration import blocks as around
 from sketchconv.calibration.blocks import Call
-from sketchconv.calibration.heads import find_head
+from sketchconv.calibration.forward import head_paths
 from sketchconv.calibration.hidden import HiddenStates
 from sketchconv.calibration.shortcuts import Kept, find_shortcut
 from sketchconv.errors import CalibrationError
@@ -74,6 +74,11 @@ class Streams:
     def blocks(self) -> Sequence[nn.Module]:
         """All blocks, in their order."""
         return list(self.model.get_submodule(self.path).children())
+
+    @property
+    def inside(self) -> frozenset[str]:
+        """Paths of what stays empty while the rest of the model runs: its blocks and its head."""
+        return frozenset({self.path, *head_paths(self.model)})
 
     @property
     def dtype_name(self) -> str:
@@ -174,15 +179,12 @@ class Streams:
 
     def _enter(self) -> None:
         """Run everything before the first block, and learn how the blocks are called."""
-        outside = frozenset({self.path, *self.heads()})
-        self.weights.fill("", without=outside)
-        first: Call | None = None
+        self.weights.fill("", without=self.inside)
         for batch in self.batches():
-            hidden, call = around.catch_first(self.model, self.blocks, self.ids(batch))
-            if first is None:
-                first = call
+            hidden, _ = around.catch_first(self.model, self.blocks, self.ids(batch))
+            if not self._calls:
                 self._allocate(hidden)
-                self._learn(call, hidden)
+                self._learn()
             self.dense.write(batch.begin, hidden)
             if self.paired:
                 self.compressed.write(batch.begin, hidden)
@@ -203,24 +205,23 @@ class Streams:
         file = self._folder / f"{self._name}{name}.hidden" if spill else None
         return HiddenStates(shape, dtype, file)
 
-    def _learn(self, call: Call, hidden: Tensor) -> None:
+    def _learn(self) -> None:
         """Catch every block's call, for each size of batch."""
         name = f"{self.path}.0"
         self.weights.fill(name)
-        returned = call.run(self.blocks[0], hidden)
-        self.weights.empty(name)
-        self.returned = around.with_hidden(returned, hidden[:0])
         # Single windows too: the recovery of a block trains on one at a time.
         for size, batch in {b.end - b.begin: b for b in [Batch(0, 1), *self.batches()]}.items():
-            found = around.catch_calls(self.model, self.blocks, self.ids(batch), returned)
-            self._calls[size] = found
-        self._check_calls(returned)
+            found = around.catch_calls(self.model, self.blocks, self.ids(batch))
+            self._calls[size], returned = found
+            self.returned = around.with_hidden(returned, around.hidden_of(returned)[:0])
+        self._check_calls()
+        self.weights.empty(name)
 
-    def _check_calls(self, returned: object) -> None:
+    def _check_calls(self) -> None:
         """Refuse models whose blocks are given more of the text than hidden states."""
         batch = self.batches()[0]
         other = self.ids(batch).flip(1)
-        calls = around.catch_calls(self.model, self.blocks, other, returned)
+        calls, _ = around.catch_calls(self.model, self.blocks, other)
         different = around.same_calls(self._calls[batch.end - batch.begin], calls)
         if different is not None:
             raise CalibrationError(
@@ -231,8 +232,3 @@ class Streams:
     def ids(self, batch: Batch) -> Tensor:
         """Token ids of a batch."""
         return self.windows[batch.begin : batch.end].to(self.weights.device)
-
-    def heads(self) -> list[str]:
-        """Path of the output head, which is never run here."""
-        head = find_head(self.model)
-        return [name for name, module in self.model.named_modules() if module is head and name]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sketchconv.calibration.blocks import Call, Stopped
+from sketchconv.calibration.blocks import Call
+from sketchconv.calibration.forward import Stopped
 from sketchconv.calibration.stages import Stage, Tap, input_of
 
 

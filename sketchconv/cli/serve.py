@@ -28,7 +28,9 @@ def _deltas(_ctx: Any, _param: Any, given: tuple[str, ...]) -> dict[str, str]:
               help="A task's delta (file, folder or hub id) and the model name it gets; "
               "repeat for more.")  # fmt: skip
 @click.option("--name", help="The base's model name. [default: that of its file]")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", default="127.0.0.1", show_default=True,
+              help="Address to listen on. At one of this machine alone, requests to other hosts "
+              "than it and localhost are refused.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
               help="0 takes a free one.")  # fmt: skip
 @click.option("--max-concurrent", type=click.IntRange(1), default=8, show_default=True,
@@ -37,8 +39,8 @@ def _deltas(_ctx: Any, _param: Any, given: tuple[str, ...]) -> dict[str, str]:
               help="Requests that may wait beyond these.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True,
               help="Tokens of an answer at most.")  # fmt: skip
-@click.option("--max-prompt", type=click.IntRange(1), help="Tokens of a prompt at most. "
-              "[default: what the model's positions leave]")  # fmt: skip
+@click.option("--max-prompt", type=click.IntRange(1), default=8192, show_default=True,
+              help="Tokens of a prompt at most, within the model's positions.")  # fmt: skip
 @click.option("--api-key-env", metavar="VARIABLE",
               help="Environment variable with the key that clients must send.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
@@ -74,13 +76,16 @@ def command(
         )
     run.serve(service, place, key, lambda url: click.echo(
         f"Serving {', '.join(service.adapters)} on {url}/v1 (Ctrl-C ends it)", err=True
-    ))  # fmt: skip
+    ), host)  # fmt: skip
 
 
 def _key(variable: str | None) -> str | None:
+    from sketchconv.serving.run import check_key
+
     if variable is None:
         return None
     key = os.environ.get(variable)
     if not key:
         raise click.UsageError(f"--api-key-env: the variable {variable} is not set")
+    check_key(key)
     return key

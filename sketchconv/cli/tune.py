@@ -80,7 +80,7 @@ _OPTIONS: Final = (
         help="Compute in bfloat16 (autocast). [default: where the hardware does]",
     ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto]"),
-    click.option("--seed", type=click.IntRange(0), help="[default: 0]"),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="[default: 0]"),
 )
 # Names on the command line that differ from the fields of TuneOptions.
 _FIELDS: Final = {"train_embeddings": "embeddings", "train_head": "head"}

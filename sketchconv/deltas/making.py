@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,9 +17,11 @@ from sketchconv.errors import DeltaError, FormatError
 from sketchconv.formats.delta_coding import CODES, SAME, Coding, Table
 from sketchconv.formats.delta_record import Bound
 from sketchconv.formats.delta_writer import DeltaWriter
+from sketchconv.formats.document import LIMITS
 from sketchconv.formats.manifest import Manifest
 from sketchconv.formats.part import as_bytes
 from sketchconv.formats.reader import SktchModel
+from sketchconv.formats.strict_json import loads
 from sketchconv.formats.tensors import carried_to_f32
 
 DTYPES = {"same": SAME, "f16": "F16", "bf16": "BF16", "i8": CODES, "int8": CODES}
@@ -60,7 +63,7 @@ def create(
         OutputError: the output exists or cannot be written; nothing is left behind.
     """
     coding = coding_of(dtype, mode, span)
-    described = plain_json(task or {})
+    described = plain_task(task or {})
     tuned_path = [luts] if isinstance(luts, str | os.PathLike) else []
     refuse_sources(output, base, *tuned_path)
     with SktchModel.open(base) as model:
@@ -120,16 +123,32 @@ def described_base(model: SktchModel) -> dict[str, Any]:
     return {key: source.get(key) for key in ("id", "revision", "format", "digest")}
 
 
-def plain_json(value: Any) -> Any:
+def plain_task(task: Mapping[str, Any]) -> dict[str, Any]:
+    """What a delta says of its task, as the format has it; call it before any work.
+
+    Raises:
+        DeltaError: it is no JSON, nested too deep, or holds text that is no Unicode.
+    """
+    try:
+        value: dict[str, Any] = _plain_json(task)
+        loads(json.dumps({"task": value}).encode("ascii"), "the task", LIMITS)
+    except FormatError as error:
+        raise DeltaError(f"the task of a delta cannot be written: {error.message}") from None
+    except RecursionError:
+        raise DeltaError("the task of a delta cannot be written: it is nested too deep") from None
+    return value
+
+
+def _plain_json(value: Any) -> Any:
     """Free JSON in the numbers of the format: others become their texts.
 
     Raises:
         DeltaError: a value that is no JSON, or a number that is not finite.
     """
     if isinstance(value, Mapping):
-        return {str(k): plain_json(v) for k, v in value.items()}
+        return {str(k): _plain_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_json(v) for v in value]
+        return [_plain_json(v) for v in value]
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, int):

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from sketchconv.deltas.binding import check_fit
-from sketchconv.deltas.making import coding_of, plain_json, write_delta
+from sketchconv.deltas.making import coding_of, plain_task, write_delta
 from sketchconv.deltas.resolving import tuned_table
 from sketchconv.deltas.summary import DeltaSummary
 from sketchconv.deltas.tables import refuse_sources, stored_table
@@ -56,6 +56,7 @@ def merge(
     coding = coding_of(dtype, mode, span)
     if not deltas:
         raise DeltaError("nothing to merge: give at least one delta")
+    given = plain_task(task or {})
     refuse_sources(output, base, *(path for path, _ in deltas))
     with ExitStack() as stack:
         model = stack.enter_context(SktchModel.open(base))
@@ -65,7 +66,7 @@ def merge(
                 raise DeltaError(f"{file.path.name}: the weight {weight} is not finite")
             check_fit(file, model)
         files.sort(key=lambda pair: (pair[0].seal, pair[1]))
-        described = plain_json({**(task or {}), "merged": [_described(*pair) for pair in files]})
+        described = plain_task({**given, "merged": [_described(*pair) for pair in files]})
         writer = stack.enter_context(DeltaWriter(output, coding, overwrite=force))
         return write_delta(writer, model, _merged(model, files), described)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sketchconv.architecture import open_skeleton
+from sketchconv.calibration.agreement import check_blocks
 from sketchconv.calibration.blocks import find_blocks
 from sketchconv.calibration.devices import compute_dtype, find_device
 from sketchconv.calibration.gather import product
@@ -67,6 +68,7 @@ def group_moments(
     """
     streams = _open(source, options, folder, room)
     try:
+        check_blocks(streams)
         count = len(streams.blocks)
         for index, block in enumerate(streams.blocks):
             name = f"{streams.path}.{index}"

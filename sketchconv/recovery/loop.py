@@ -77,8 +77,9 @@ class Loop:
 
     def run(self, dtype: torch.dtype) -> Recovery:
         """Train with products in `dtype`, and leave the better LUTs in the modules."""
-        modules, cached = self.task.modules, self.options.cache_weights
-        fit = weights_fit(modules, dtype) if cached is None else cached
+        modules, fit = self.task.modules, self.options.cache_weights
+        if fit is None:
+            fit = weights_fit(modules, dtype, self.options.max_memory)
         per_step = self.per_step * self.task.length
         tables = Tables(modules, lambda bits: self.options.rate(bits, per_step))
         kept = False

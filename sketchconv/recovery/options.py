@@ -42,7 +42,8 @@ class RecoveryOptions:
         most_held_out: tokens.
         checks: how often the held-out windows are measured during training; the best LUTs are kept.
         cache_weights: keep every trained weight decoded for the length of a step (2 bytes per
-            weight in bfloat16); None does where it takes at most a third of the free memory.
+            weight in bfloat16); None does where `room.weights_fit` says so.
+        max_memory: limit on the memory of the process in bytes, for that decision.
     """
 
     learning_rate: float | None = None
@@ -55,6 +56,7 @@ class RecoveryOptions:
     most_held_out: int = 4096
     checks: int = 2
     cache_weights: bool | None = None
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         _check("learning_rate", self.learning_rate, 0.0, 1.0)
@@ -64,6 +66,7 @@ class RecoveryOptions:
         _check("held_out", self.held_out, 0.0, 0.9)
         _check("most_held_out", self.most_held_out, 1, None)
         _check("checks", self.checks, 1, None)
+        _check("max_memory", self.max_memory, 1, None)
         for beta in self.betas:
             _check("betas", beta, 0.0, 0.9999)
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from sketchconv.serving import replies, wanted
+from sketchconv.serving.hosts import OnlyHosts
 from sketchconv.serving.jobs import Event, Job
 from sketchconv.serving.problems import Problem, bad
 from sketchconv.serving.replies import Reply
@@ -20,18 +21,24 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 0.2  # how often a request without a stream is asked whether its client is there
 
+GONE = 499  # status where nobody reads the answer any more, as nginx has it
 
-def make_app(service: Service, key: str | None = None) -> FastAPI:
+
+def make_app(
+    service: Service, key: str | None = None, hosts: frozenset[str] | None = None
+) -> FastAPI:
     """The application: `/v1/models`, `/v1/completions`, `/v1/chat/completions`, `/health`.
 
     Args:
         service: what is served; its engine is closed when the application ends.
         key: what clients must send as a bearer token; None for nothing.
+        hosts: the names that requests may be sent to, as in `OnlyHosts`; None for any.
     """
     from contextlib import asynccontextmanager
 
     from fastapi import FastAPI
     from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
     from starlette.routing import Route
 
     api = _Api(service, key)
@@ -50,7 +57,10 @@ def make_app(service: Service, key: str | None = None) -> FastAPI:
     ]
     handlers: Any = {Problem: _refuse, HTTPException: _refuse_route}
     no_docs: Any = dict.fromkeys(("openapi_url", "docs_url", "redoc_url"))
-    return FastAPI(routes=routes, lifespan=life, exception_handlers=handlers, **no_docs)
+    guards = [] if hosts is None else [Middleware(OnlyHosts, hosts=hosts)]
+    return FastAPI(
+        routes=routes, lifespan=life, exception_handlers=handlers, middleware=guards, **no_docs
+    )
 
 
 def _answer(body: Any, status: int = 200) -> Any:
@@ -153,14 +163,19 @@ class _Api:
 
     async def _body(self, request: Any) -> Any:
         """The body as JSON, read no further than the limit."""
+        from starlette.requests import ClientDisconnect
+
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # also keeps out forms that other web sites may send
             raise Problem(415, "the content type must be application/json")
         data, most = b"", self._service.limits.body
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > most:
-                raise Problem(413, f"the body is larger than {most} bytes")
+        try:
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > most:
+                    raise Problem(413, f"the body is larger than {most} bytes")
+        except ClientDisconnect as error:
+            raise Problem(GONE, "the client has gone") from error
         try:
             body = json.loads(data)
             json.dumps(body, ensure_ascii=False).encode()  # halves of characters have no text
@@ -187,7 +202,7 @@ async def _collect(request: Any, events: asyncio.Queue[Event], reply: Reply) -> 
     while True:
         if clock() - asked >= WATCH_SECONDS:
             if await request.is_disconnected():
-                raise Problem(499, "the client has gone")
+                raise Problem(GONE, "the client has gone")
             asked = clock()
         try:
             event = await asyncio.wait_for(events.get(), WATCH_SECONDS)

@@ -1,8 +1,9 @@
 """The thread that computes: requests of all tasks in one batch, joining and leaving at each step.
 
 A step gives every running answer one more token. New requests join between two steps: their prompts
-are read together, and their keys and values are put below those of the others. An answer leaves as
-soon as it is complete or nobody waits for it. Requests that do not fit wait in a queue.
+are read, short ones together and long ones each before a step of its own, and their keys and values
+are put below those of the others. An answer leaves as soon as it is complete or nobody waits for
+it. Requests that do not fit wait in a queue.
 
 Models whose cache is more than keys and values of all positions (sliding windows, recurrent states)
 are served one request at a time.
@@ -23,7 +24,7 @@ from transformers import DynamicCache
 from sketchconv.adapters import batch
 from sketchconv.serving.jobs import Job, live
 from sketchconv.serving.problems import Problem
-from sketchconv.serving.rows import Rows, fits, padded
+from sketchconv.serving.rows import Rows, fits, padded, together
 from sketchconv.serving.sampling import pick
 
 log = logging.getLogger(__name__)
@@ -74,13 +75,22 @@ class Engine:
             Problem: 429, the queue is full; 503, the server is stopping.
         """
         with self._bell:
+            self.check_room()
+            self._waiting.append(job)
+            self._bell.notify()
+
+    def check_room(self) -> None:
+        """Refuse what `submit` would refuse now, before work goes into a job.
+
+        Raises:
+            Problem: 429, the queue is full; 503, the server is stopping.
+        """
+        with self._bell:
             if not self.alive:
                 raise Problem(503, "the server is stopping")
             self._waiting = deque(one for one in self._waiting if not one.cancelled)
             if len(self._running) + len(self._waiting) >= self._concurrent + self._queue:
                 raise Problem(429, "too many requests are waiting; try again later")
-            self._waiting.append(job)
-            self._bell.notify()
 
     def cancel(self, job: Job) -> None:
         """Drop a job; its place is free before the next step."""
@@ -124,7 +134,8 @@ class Engine:
                     break
                 self._bell.wait()
             room = self._concurrent - len(live(self._running))
-            return [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            count = together((len(job.prompt) for job in self._waiting), room)
+            return [self._waiting.popleft() for _ in range(count)]
 
     def _turn(self, new: list[Job]) -> None:
         """Drop who left, give each running answer a token, and read the prompts of who is new."""

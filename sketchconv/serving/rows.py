@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+# Attention makes a mask of padded prompts: an entry for each row and pair of positions, of a byte
+# in transformers and of a float in torch. Prompts are read together while all of it is this small.
+ENTRY_BYTES, MASK_BYTES = 5, 64 << 20
 
 
 class Rows:
@@ -56,6 +61,20 @@ def fits(cache: Any) -> bool:
     """Whether rows of a filled cache can be joined: plain keys and values in every layer."""
     plain = isinstance(cache, DynamicCache)
     return plain and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def together(lengths: Iterable[int], most: int) -> int:
+    """How many of the next prompts to read in one forward: as many as `MASK_BYTES` allow, or one.
+
+    A prompt that is read alone has no padding, and so no mask, however long it is.
+    """
+    count = width = 0
+    for length in islice(lengths, most):
+        width = max(width, length)
+        if count and (count + 1) * width**2 * ENTRY_BYTES > MASK_BYTES:
+            break
+        count += 1
+    return count
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sketchconv.errors import ServingError
+from sketchconv.serving.hosts import LOCAL, bracketed
 from sketchconv.serving.service import Limits, Service
 
 GRACE_SECONDS = 10  # that answers under way have after a signal
@@ -28,6 +29,20 @@ def check_installed() -> None:
         raise ServingError(
             f"serving needs {' and '.join(missing)}; install them with: "
             "pip install 'sketchconv[serve]'"
+        )
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that clients cannot send in a header, or not in one way alone.
+
+    Raises:
+        ServingError: it has other characters than those of ASCII that can be seen, or its end is a
+            space.
+    """
+    if not (key and key.isascii() and key.isprintable() and key == key.strip()):
+        raise ServingError(
+            "the API key must be of printable ASCII characters (letters, digits, signs), without a "
+            "space or a line end around it"
         )
 
 
@@ -91,19 +106,32 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(
-    service: Service, place: socket.socket, key: str | None, ready: Callable[[str], None]
+    service: Service,
+    place: socket.socket,
+    key: str | None,
+    ready: Callable[[str], None],
+    host: str = "localhost",
 ) -> None:
     """Answer requests until SIGINT or SIGTERM; answers under way have `GRACE_SECONDS` then.
+
+    At a loopback address only requests to `localhost`, 127.0.0.1, [::1] and `host` are answered.
 
     Args:
         service: what is served; its engine is closed at the end.
         place: a listening socket.
         key: what clients must send; None for nothing.
         ready: called with the URL once requests are taken.
+        host: the name or the address that the socket was bound to.
+
+    Raises:
+        ServingError: the key cannot be sent in a header.
     """
     import uvicorn
 
     from sketchconv.serving.app import make_app
+
+    if key is not None:
+        check_key(key)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -111,7 +139,7 @@ def serve(
             ready(url(place))
 
     config = uvicorn.Config(
-        make_app(service, key),
+        make_app(service, key, _hosts(place, host)),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
@@ -125,7 +153,15 @@ def serve(
         service.engine.close()
 
 
+def _hosts(place: socket.socket, host: str) -> frozenset[str] | None:
+    """The hosts that a socket answers for; None for all, where other machines reach it."""
+    address = place.getsockname()[0]
+    if not is_loopback(address):
+        return None
+    return frozenset({*LOCAL, bracketed(address), bracketed(host.lower())})
+
+
 def url(place: socket.socket) -> str:
     """Where a socket listens."""
     host, port = place.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{bracketed(host)}:{port}"

@@ -26,14 +26,14 @@ class Limits:
         concurrent: answers under way at a time; they are one batch.
         queue: requests that may wait beyond these.
         tokens: tokens of an answer at most.
-        prompt: tokens of a prompt at most; None for what the model's positions leave.
+        prompt: tokens of a prompt at most, fewer where the model has not as many positions.
         body: bytes of a request at most.
     """
 
     concurrent: int = 8
     queue: int = 64
     tokens: int = 1024
-    prompt: int | None = None
+    prompt: int = 8192
     body: int = 1 << 20
 
 
@@ -70,16 +70,20 @@ class Service:
         """A job for a request, not yet submitted.
 
         Raises:
-            Problem: 404 for an unknown model; 400 for a prompt or an answer that is too long.
+            Problem: 404 for an unknown model; 400 for a prompt or an answer that is too long; 429
+                and 503 where the engine would refuse it.
         """
         adapter = self.adapters.get(wanted.model)
         if adapter is None:
             there = ", ".join(self.adapters)
             raise Problem(404, f"there is no model {wanted.model[:100]!r}; there are: {there}",
                           param="model", code="model_not_found")  # fmt: skip
+        self.engine.check_room()  # tokens and templates take time, which a full queue does not have
         prompt = self._prompt(wanted)
         sampling = replace(wanted.sampling, max_tokens=self._room(len(prompt), wanted))
-        pieces = Pieces(self._tokenizer, sampling.stop)
+        # A completion goes on after its prompt, perhaps with a space. A chat's answer begins anew.
+        before = () if wanted.prompt is None else prompt
+        pieces = Pieces(self._tokenizer, sampling.stop, before)
         return Job(prompt, adapter, sampling, pieces, source(sampling), send)
 
     def _prompt(self, wanted: Wanted) -> tuple[int, ...]:
@@ -116,7 +120,7 @@ class Service:
         if asked is not None and asked > self.limits.tokens:
             most = self.limits.tokens
             raise bad(f"max_tokens is {asked}, this server gives {most} at most", "max_tokens")
-        if self.limits.prompt is not None and prompt > self.limits.prompt:
+        if prompt > self.limits.prompt:
             raise _long(f"the prompt has {prompt} tokens, this server takes {self.limits.prompt}")
         room = self.limits.tokens
         if self._positions is not None:

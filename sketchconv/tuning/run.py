@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sketchconv.deltas import create
+from sketchconv.deltas.making import plain_task
 from sketchconv.errors import EvaluationError, TuningError
 from sketchconv.evaluation.network import Network
 from sketchconv.runtime.load import load, load_tokenizer
@@ -74,7 +76,9 @@ def tune(
     base, data, output = Path(base), Path(data), Path(output)
     held = None if eval_data is None else Path(eval_data)
     first = first_process()
-    check_output(output, force=force)
+    files = (data,) if held is None else (data, held)
+    check_output(output, (base, *files), force=force)
+    plain_task({"name": name, "files": [path.name for path in files]})
     started = time.perf_counter()
     tokenizer = load_tokenizer(base)
     model = _model(base, chosen)
@@ -84,18 +88,19 @@ def tune(
         model, embeddings=chosen.embeddings, head=chosen.head, gradient=chosen.gradient
     )
     place = Workplace(output, _setting(base, data, held, chosen), mine=first)
-    checkpoint = place.open(resume=resume, force=force)
-    reporter = Reporter(progress if first else None)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    trainer = _trainer(model, material, chosen, place.folder, reporter, Collator(int(padding)))
-    try:
-        before = _first_loss(trainer)
-        _train(trainer, checkpoint)
-    except KeyboardInterrupt:
-        raise place.suspended() from None
-    seconds = time.perf_counter() - started
-    result = result_of(output, trainer, material, reporter, before, seconds)
-    return _written(result, trainer, base, place, name=name, force=force)
+    with closing(place):
+        checkpoint = place.open(resume=resume, force=force)
+        reporter = Reporter(progress if first else None)
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        trainer = _trainer(model, material, chosen, place.folder, reporter, Collator(int(padding)))
+        try:
+            before = _first_loss(trainer)
+            _train(trainer, checkpoint)
+            seconds = time.perf_counter() - started
+            result = result_of(output, trainer, material, reporter, before, seconds)
+            return _written(result, trainer, base, place, name=name, force=force)
+        except KeyboardInterrupt:
+            raise place.suspended() from None
 
 
 def _model(base: Path, options: TuneOptions) -> Any:
@@ -208,5 +213,5 @@ def _written(
     model: Any = trainer.model
     luts = tuned_luts(model)
     summary = create(base, luts, result.output, task=task, force=force)
-    place.remove()
+    place.finish()
     return replace(result, output_bytes=summary.nbytes)

@@ -115,6 +115,11 @@ class Tokens:
         for number, message in enumerate(document.messages):
             if number < document.first or message["role"] != "assistant":
                 continue
+            if number == 0:
+                raise TuningError(
+                    f"{document.where}: begins with the assistant's turn, so that there is nothing "
+                    "it answers; put a user's, or a system's, before it"
+                )
             before = self._render(document, number, True)
             after = self._render(document, number + 1, False)
             if not (text.startswith(before) and text.startswith(after)):

@@ -37,7 +37,8 @@ class LutTrainer(Trainer):
         lut_optimizer: "adamw" or "muon".
         relative: see `LutMuon` and `LutAdamW`.
         cache_weights: keep all trained weights decoded during a step (2 bytes per weight in
-            bfloat16); None does where that takes at most a third of the free memory.
+            bfloat16); None does where that takes at most a third of half of the machine's memory,
+            or of the free memory of a GPU.
     """
 
     def __init__(
@@ -155,11 +156,8 @@ class LutTrainer(Trainer):
         """Be as after the training that ended with this checkpoint: the best LUTs in place."""
         self.state = state
         checkpoints.load_masters(checkpoint, self.training.masters)
-        best = state.best_model_checkpoint
-        if best is not None and Path(best).is_dir():
+        if state.best_model_checkpoint is not None:
             self._load_best_model()
-        else:
-            self.state.best_model_checkpoint = None
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
 
     # ---- checkpoints: names and arguments are those of transformers' own methods ----

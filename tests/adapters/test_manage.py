@@ -45,6 +45,23 @@ def test_the_last_loaded_adapter_is_active_until_another_is_chosen(model, luts, 
     assert torch.equal(logits(model, ids), second)
 
 
+def test_that_adapters_are_disabled_ends_with_the_last_of_them(model, luts, ids):
+    for number, name in enumerate(("a", "b")):
+        model.load_adapter(luts(model, number), name)
+    base = logits(sketchconv.load(model.name_or_path), ids)
+    model.disable_adapters()
+    model.delete_adapter("a")
+    model.load_adapter(luts(model, 2), "c")
+    assert torch.equal(logits(model, ids), base)  # as in peft
+    model.delete_adapter(["b", "c"])
+    model.load_adapter(luts(model, 2), "d")
+    assert model.active_adapters() == ["d"]
+    found = logits(model, ids)
+    assert not torch.allclose(found, base)
+    model.enable_adapters()
+    assert torch.equal(logits(model, ids), found)
+
+
 def test_an_adapter_equals_a_base_with_its_luts(model, folder, luts, ids):
     given = luts(model, 3)
     twin = sketchconv.load(model.name_or_path)

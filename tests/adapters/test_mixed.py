@@ -148,6 +148,19 @@ def test_wrong_names_are_refused(model, luts, ids):
     assert model(ids, adapter_names=None).logits.shape[0] == 4
 
 
+def test_samples_are_counted_by_the_input_in_any_order(model, luts, ids):
+    with_two(model, luts)
+    positions = torch.arange(ids.shape[1])[None]
+    inputs = model.get_input_embeddings()(ids).detach()
+    with torch.no_grad():
+        expected = model(ids, adapter_names=NAMES).logits
+        found = model(position_ids=positions, input_ids=ids, adapter_names=NAMES).logits
+        assert torch.equal(found, expected)
+        model(None, None, positions, inputs_embeds=inputs, adapter_names=NAMES)
+    with pytest.raises(AdapterError, match="1 names, the batch 4"):
+        model(position_ids=positions, input_ids=ids, adapter_names=["one"])
+
+
 def test_compiled_models_follow_the_active_adapter_and_take_no_names(model, luts, ids):
     with_two(model, luts)
     compiled = torch.compile(model, backend="eager")

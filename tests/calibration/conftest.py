@@ -68,6 +68,19 @@ def save_model(folder, model, *, dtype="float32"):
     return folder
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """Saves tiny models by the name of their class, in three layers or as they are told."""
+
+    def save(kind, **changes):
+        import transformers
+
+        cls = getattr(transformers, kind)
+        return save_model(tmp_path / kind, cls(cls.config_class(vocab_size=VOCABULARY, **changes)))
+
+    return save
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     """A Llama of three layers; read only."""

@@ -155,6 +155,28 @@ def test_a_run_that_was_broken_off_goes_on_and_gives_the_same_bytes(whole, llama
     assert not state.exists()
 
 
+def test_weights_that_the_sample_missed_are_the_same_when_a_run_goes_on(
+    llama, text, tmp_path, monkeypatch
+):
+    from sketchconv.calibration.stages import find_stages
+
+    def misses(block, call, hidden, linears):
+        stages, unseen = find_stages(
+            block, call, hidden, [p for p in linears if p != "mlp.down_proj"]
+        )
+        return stages, [*unseen, "mlp.down_proj"]
+
+    monkeypatch.setattr("sketchconv.calibration.block.find_stages", misses)
+    first, second = tmp_path / "a" / "tiny.sktch", tmp_path / "b" / "tiny.sktch"
+    for path in (first, second):
+        path.parent.mkdir()
+    report = convert(llama, first, text)
+    assert len(report.calibration.skipped) == 3
+    broken_off(llama, second, text, after=2)
+    convert(llama, second, text)
+    assert digest(second) == digest(first)
+
+
 def test_a_disk_that_is_too_small_is_told_before_the_work(llama, text, tmp_path, monkeypatch):
     class Disk:
         f_bavail, f_frsize = 1, 1000

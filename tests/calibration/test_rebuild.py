@@ -74,13 +74,6 @@ def test_a_sketch_that_was_rebuilt_is_valid(rebuilt):
 
 
 def test_a_run_that_was_broken_off_gives_the_same_bytes(rebuilt, llama, text, tmp_path):
-    class Broken(Exception):
-        pass
-
-    def stop(event):
-        if "block 3/3" in event.name:
-            raise Broken
-
     out = tmp_path / rebuilt[0].name
     with pytest.raises(Broken):
         convert(llama, out, text, progress=stop)
@@ -120,6 +113,86 @@ def test_an_encoder_too(bert, text, tmp_path):
         threads=1,
     )
     assert report.calibration.recovery.after <= report.calibration.recovery.before
+
+
+class Broken(Exception):
+    pass
+
+
+def stop(event):
+    if "block 3/3" in event.name:
+        raise Broken
+
+
+@pytest.mark.parametrize(("free", "measure"), [(1 << 50, "kl"), (1 << 10, "error")])
+def test_a_run_that_goes_on_recovers_as_it_began_whatever_is_free_then(
+    llama, text, tmp_path, monkeypatch, free, measure
+):
+    def set_free(size):
+        monkeypatch.setattr("sketchconv.calibration.needs.free_bytes", lambda _: size)
+
+    set_free(free)
+    whole = tmp_path / "whole" / "tiny.sktch"
+    whole.parent.mkdir()
+    convert(llama, whole, text, by="auto", recover=256)
+    out = tmp_path / "tiny.sktch"
+    with pytest.raises(Broken):
+        convert(llama, out, text, by="auto", recover=256, progress=stop)
+    set_free((1 << 60) // free)
+    report = convert(llama, out, text, by="auto", recover=256)
+    assert report.calibration.recovery.measure == measure
+    assert digest(out) == digest(whole)
+    fresh = convert(llama, tmp_path / "fresh.sktch", text, by="auto", recover=256)
+    assert fresh.calibration.recovery.measure != measure
+
+
+@pytest.mark.parametrize("by", ["blocks", "model", "auto"])
+def test_too_few_windows_to_recover_on_are_told_and_nothing_is_lost(llama, text, tmp_path, by):
+    out = tmp_path / "tiny.sktch"
+    report = convert(llama, out, text, by=by, recover=28)
+    assert report.calibration.recovery.note == (
+        "not run: it needs 2 windows of 32 tokens, to train on and to measure, and has 1; take "
+        "--recover 29 or more"
+    )
+    assert out.exists()
+    report = convert(llama, out.with_name("more.sktch"), text, by=by, recover=29)
+    assert report.calibration.recovery.before is not None
+
+
+def test_a_text_of_one_short_window_is_too_short_to_recover_on(llama, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z")
+    changes = {"calibration": {"tokens": None}}
+    report = convert(llama, tmp_path / "tiny.sktch", short, recover=4096, **changes)
+    assert report.calibration.recovery.note.endswith("has 1; take a longer text")
+
+
+@pytest.mark.parametrize(
+    ("recover", "said"), [(0, "--recover is 0"), (None, "only sketches of 3 bits and fewer")]
+)
+def test_a_way_to_recover_without_a_recovery_is_told(llama, text, tmp_path, recover, said):
+    asked = Calibration(
+        str(text), tokens=512, seq_len=32, device="cpu", recover=recover, recover_by="blocks"
+    )
+    out = tmp_path / "tiny.sktch"
+    report = sketchconv.convert(llama, out, Recipe(SketchSpec(bits=4)), calibration=asked)
+    note = report.calibration.recovery.note
+    assert note.startswith("not run: --recover-by blocks was given, but ")
+    assert said in note
+    assert note.endswith("pass --recover 32768")
+
+
+@pytest.mark.parametrize("by", ["blocks", "model"])
+def test_the_limit_decides_whether_decoded_weights_are_kept(llama, text, tmp_path, monkeypatch, by):
+    limits = []
+
+    def fit(modules, dtype, limit):
+        limits.append(limit)
+        return True
+
+    monkeypatch.setattr("sketchconv.recovery.loop.weights_fit", fit)
+    convert(llama, tmp_path / "tiny.sktch", text, by=by, recover=256, max_memory=1 << 40)
+    assert set(limits) == {1 << 40}
 
 
 def test_no_such_way():

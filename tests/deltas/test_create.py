@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sketchconv.deltas import binding_of, create, info, resolve
-from sketchconv.deltas.making import plain_json
+from sketchconv.deltas import binding_of, create, info, merge, resolve
+from sketchconv.deltas.making import plain_task
 from sketchconv.errors import DeltaError, FormatError, OutputError, SketchconvError
 from sketchconv.formats.delta import DeltaFile
 from sketchconv.formats.delta_validate import validate_delta
@@ -202,8 +202,42 @@ def test_the_task_is_kept_as_it_is_but_for_odd_numbers(tmp_path, bundle, tools):
     create(base, tools.tune(toy), tmp_path / "d.sktch", task=task)
     want = {"name": "é", "training": {"lr": "0.0003", "steps": 10, "seed": "-1", "ok": True}}
     want["training"]["x"] = None
-    assert info(tmp_path / "d.sktch").task == want == plain_json(task)
+    assert info(tmp_path / "d.sktch").task == want == plain_task(task)
     assert info(tmp_path / "d.sktch").base["id"] == "a/toy"
+
+
+def deep(levels):
+    value = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("task", "match"),
+    [
+        ({"name": "caf\udce9"}, "surrogate"),
+        ({"caf\udce9": 1}, "surrogate"),
+        (deep(20), "levels"),
+        (deep(100_000), "too deep"),
+        ({"x": float("nan")}, "no JSON"),
+    ],
+)
+def test_a_task_that_no_reader_takes_is_refused_before_anything_is_written(
+    tmp_path, bundle, tools, task, match
+):
+    toy, base = bundle
+    good = tmp_path / "d.sktch"
+    create(base, tools.tune(toy), good)
+    before = good.read_bytes()
+    for call in (
+        lambda: create(base, tools.tune(toy), good, task=task, force=True),
+        lambda: merge([(good, 1.0)], tmp_path / "m.sktch", base, task=task),
+    ):
+        with pytest.raises(DeltaError, match=match):
+            call()
+    assert good.read_bytes() == before
+    assert names(tmp_path) == ["d.sktch"]
 
 
 def test_same_bytes_from_any_order_and_any_base_form(tmp_path, bundle, tools):

@@ -11,7 +11,7 @@ from sketchconv.recovery import blockwise, train
 from sketchconv.recovery import student as student_module
 from sketchconv.recovery.blockwise import reconstruct
 from sketchconv.recovery.options import RecoveryOptions
-from sketchconv.recovery.room import free_bytes, weights_fit
+from sketchconv.recovery.room import free_bytes, usual_bytes, weights_fit
 from sketchconv.recovery.train import RecoveryError, recover
 from sketchconv.runtime.modules import SketchEmbedding, SketchLinear
 from sketchconv.runtime.tied import TiedSketchLinear
@@ -264,12 +264,31 @@ def test_a_block_learns_its_outputs(tiny, lesson):
         reconstruct(dense.model.layers[1], x, wanted, run)
 
 
-def test_room(tmp_path, tiny, lesson):
+def test_room(tmp_path):
     path = tmp_path / "meminfo"
     path.write_text("MemTotal: 9 kB\nMemAvailable:    1000 kB\n")
     cpu = torch.device("cpu")
     assert free_bytes(cpu, path) == 1000 << 10
     assert free_bytes(cpu, tmp_path / "none") is None
+    group = tmp_path / "memory.max"
+    assert usual_bytes(path, group) == 9 << 9
+    group.write_text("max\n")
+    assert usual_bytes(path, group) == 9 << 9
+    group.write_text("4096\n")
+    assert usual_bytes(path, group) == 2048
+    assert usual_bytes(tmp_path / "none", tmp_path / "none") is None
+
+
+def test_decoded_weights_are_kept_by_what_the_machine_has_not_by_what_is_free(
+    tiny, lesson, monkeypatch
+):
     modules = [m for m in tiny.sketched(lesson[0]).modules() if isinstance(m, SketchLinear)]
-    assert weights_fit(modules, torch.float32)
+    needed = 3 * 4 * sum(m.rows * m.columns for m in modules)
     assert not weights_fit([], torch.float32)
+    for free in (1, 1 << 50):
+        monkeypatch.setattr("sketchconv.recovery.room.free_bytes", lambda _, size=free: size)
+        assert weights_fit(modules, torch.float32)
+        assert weights_fit(modules, torch.float32, needed)
+        assert not weights_fit(modules, torch.float32, needed - 1)
+    monkeypatch.setattr("sketchconv.recovery.room.usual_bytes", lambda: needed - 1)
+    assert not weights_fit(modules, torch.float32)

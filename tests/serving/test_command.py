@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
@@ -59,6 +60,11 @@ def test_a_server_answers_notices_who_leaves_and_ends_on_a_signal(talker, alone)
         with urllib.request.urlopen(asked(url, max_tokens=8)) as answer:
             text = json.load(answer)["choices"][0]["text"]
         assert text.split() == alone("one", "w5", 8).split()
+        foreign = asked(url)
+        foreign.add_header("Host", "evil.example")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(foreign)
+        assert refused.value.code == 403
         stream = urllib.request.urlopen(asked(url, stream=True))
         assert stream.readline().startswith(b"data: ")
         stream.close()

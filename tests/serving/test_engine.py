@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
+from sketchconv.serving import rows as rows_module
 from sketchconv.serving.problems import Problem
-from sketchconv.serving.rows import Rows
+from sketchconv.serving.rows import Rows, together
 from sketchconv.serving.sampling import pick, source
 from sketchconv.serving.text import Pieces
 from sketchconv.serving.wanted import Sampling, Wanted
@@ -27,7 +28,8 @@ def submit(service, prompt="w5 w6 w7", model="talker", sampling=GREEDY, ends=Non
             ends.append(model)
         events.put(event)
 
-    job = service.job(Wanted(model, prompt, (), sampling, False, False), send)
+    messages = () if prompt is not None else ({"role": "user", "content": "w5"},)
+    job = service.job(Wanted(model, prompt, messages, sampling, False, False), send)
     service.engine.submit(job)
     return job, events
 
@@ -99,6 +101,36 @@ def test_a_later_request_joins_what_runs(service, alone, monkeypatch):
     text = first.text + finished(events)
     assert ends == ["two", "talker"]  # it did not wait for the end of the other
     assert text.split() == alone("talker", "w1 w2 w3 w4 w8", 100).split()
+
+
+def test_long_prompts_are_read_without_padding(service, alone, monkeypatch):
+    monkeypatch.setattr(rows_module, "MASK_BYTES", 5 * 2 * 10**2)  # two prompts of 10 tokens
+    made = service()
+    forward, reads = made.engine._forward, []
+
+    def noted(ids, *args):
+        if ids.shape[1] > 1:
+            reads.append(tuple(ids.shape))
+        return forward(ids, *args)
+
+    monkeypatch.setattr(made.engine, "_forward", noted)
+    words = [f"w{n}" for n in range(10, 30)]
+    prompts = [" ".join(words), "w5 w6 w7", "w1 w2 w3 w4", " ".join(words[::-1])]
+    models = ["talker", "one", "two", "one"]
+    with made.engine._bell:  # so that they all come at once
+        asked = [submit(made, p, m)[1] for p, m in zip(prompts, models, strict=True)]
+    for prompt, model, events in zip(prompts, models, asked, strict=True):
+        assert finished(events).split() == alone(model, prompt, 8).split()
+    assert reads == [(1, 20), (2, 4), (1, 20)]
+
+
+def test_prompts_are_read_together_while_their_mask_is_small():
+    assert together([100, 5, 1000, 7, 9, 200, 300, 1000], 8) == 8
+    assert together([100, 5, 1000], 2) == 2
+    assert together([8000, 10], 8) == 1
+    assert together([10, 8000], 8) == 1
+    assert together([3000] * 8, 8) == 1
+    assert together([5], 0) == together([], 8) == 0
 
 
 def test_a_failing_step_gives_up_its_answers_and_nothing_else(service, alone, monkeypatch):
@@ -192,6 +224,33 @@ def test_pieces_hold_whole_characters():
     half = Pieces(Letters())
     assert half.add("ñ".encode()[0]) == ""
     assert half.rest() == "\ufffd"
+
+
+def test_pieces_go_on_after_a_prompt():
+    half = Pieces(Letters(), before="xyñ".encode()[:3])
+    assert half.add("ñ".encode()[1]) == "ñ"
+    assert half.add(ord("b")) == "b"
+    whole = Pieces(Letters(), before="x\ufffd".encode())
+    assert whole.add(ord("b")) == "b"
+    assert Pieces(Letters(), before=b"xy").rest() == ""
+    stopped = Pieces(Letters(), ("yz",), before=b"xy")  # a stop is of the answer alone
+    assert stopped.add(ord("z")) == "z"
+
+
+def test_a_completion_keeps_the_space_after_its_prompt(service, alone, monkeypatch):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({f"▁w{n}": n for n in range(151)}, unk_token="▁w0"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made = service()
+    monkeypatch.setattr(made, "_tokenizer", PreTrainedTokenizerFast(
+        tokenizer_object=raw, chat_template="w5 w6 w7"
+    ))  # fmt: skip
+    expected = alone("talker", "w5 w6 w7", 8)
+    assert finished(submit(made)[1]) == " " + expected
+    assert finished(submit(made, prompt=(5, 6, 7))[1]) == " " + expected
+    assert finished(submit(made, prompt=None)[1]) == expected  # a chat
 
 
 def test_pieces_hold_back_what_may_be_a_stop():

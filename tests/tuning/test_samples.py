@@ -107,6 +107,41 @@ def test_bad_lines_are_named(jsonl, lines, match):
         list(read_documents(jsonl(*lines)))
 
 
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ('{"text": "a \\ud83d b"}', "line 2: holds half of a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "\\udc00"}]}', "line 2: holds half"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": 5}', "tools must be a list"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "{"}', "tools is a text that"),
+        ('{"messages": [{"role": "user", "content": 5}]}', r"messages\[0\]: its content must be"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "parts of type text"),
+    ],
+)
+def test_lines_that_no_tokenizer_or_template_takes(jsonl, line, match):
+    path = jsonl({"text": "\U0001f600 is a whole pair"}, line)
+    with pytest.raises(TuningError, match=match):
+        list(read_documents(path))
+
+
+def test_a_chat_that_begins_with_the_assistant(jsonl, makers):
+    path = jsonl({"messages": [{"role": "assistant", "content": "the cat"}]})
+    with pytest.raises(TuningError, match="line 1: begins with the assistant's turn"):
+        learned(makers.tokenizer(), path)
+
+
+def test_content_in_parts_and_tools_as_text_and_a_byte_order_mark(jsonl, makers):
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": parts}]
+    path = jsonl({"messages": turns, "tools": '[{"name": "f"}]'})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (found,) = read_documents(path)
+    assert found.messages[1]["content"] == "the cat"
+    assert found.tools == ({"name": "f"},)
+    assert learned(makers.tokenizer(), path)[0][0] == "the cat<|end|>"
+
+
 def test_no_such_file_and_no_text(tmp_path):
     with pytest.raises(TuningError, match="no such file"):
         list(read_documents(tmp_path / "none.txt"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ import sketchconv
 from sketchconv.cli.main import cli
 from sketchconv.cli.tune_progress import curve_text, show_tuning
 from sketchconv.deltas import info, resolve
-from sketchconv.errors import LoadError, OutputError, Suspended, TuningError
+from sketchconv.errors import DeltaError, LoadError, OutputError, Suspended, TuningError
 from sketchconv.formats.reader import SktchModel
 from sketchconv.tuning.callbacks import Reporter
 from sketchconv.tuning.options import TuneOptions, TuneStep
@@ -209,6 +210,99 @@ def test_an_interrupt_before_the_first_checkpoint_leaves_nothing(tiny, text_file
     assert set(tmp_path.iterdir()) == before
 
 
+def test_two_tunings_to_one_output(tiny, text_file, tmp_path):
+    out, alone = tmp_path / "task.sktch", tmp_path / "alone.sktch"
+    tune(tiny, text_file, alone, quick())
+    refused = []
+
+    def second(event):
+        if event.step == 1 and event.loss is not None:
+            for more in ({}, {"force": True}, {"resume": True}):
+                with pytest.raises(OutputError, match="another process is writing") as caught:
+                    tune(tiny, text_file, out, quick(seed=1), **more)
+                refused.append(caught)
+
+    tune(tiny, text_file, out, quick(), progress=second)
+    assert len(refused) == 3
+    assert out.read_bytes() == alone.read_bytes()
+    assert not list(tmp_path.glob("*.tuning"))
+
+
+@pytest.fixture
+def soon_best(tmp_path):
+    """Options and a held-out text of other letters, so that the best checkpoint is an early one."""
+    other = tmp_path / "other.txt"
+    other.write_text("0123456789 " * 12)
+    return quick(learning_rate=3e-2, warmup=0, max_steps=24, patience=0), other
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_folder_that_was_moved_is_resumed_to_the_same_bytes(
+    tiny, text_file, tmp_path, monkeypatch, soon_best, ended
+):
+    """The best checkpoint is not the last one, and its old path is gone."""
+    options, other = soon_best
+    alone, there = tmp_path / "alone.sktch", tmp_path / "there"
+    first = tune(tiny, text_file, alone, options, eval_data=other)
+    assert 0 < first.best_step < 20, "the case to be tested"
+    there.mkdir()
+    with monkeypatch.context() as patch:
+        if ended:
+            patch.setattr("sketchconv.tuning.run.create", stopping_at_once)
+        stop = None if ended else stopping_at(21)
+        with pytest.raises(Suspended):
+            tune(tiny, text_file, there / "a.sktch", options, eval_data=other, progress=stop)
+    moved = tmp_path / "moved"
+    there.rename(moved)
+    tune(tiny, text_file, moved / "a.sktch", options, eval_data=other, resume=True)
+    assert (moved / "a.sktch").read_bytes() == alone.read_bytes()
+
+
+def stopping_at_once(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_missing_best_checkpoint_is_named(tiny, text_file, tmp_path, soon_best):
+    (options, other), out = soon_best, tmp_path / "a.sktch"
+    with pytest.raises(Suspended):
+        tune(tiny, text_file, out, options, eval_data=other, progress=stopping_at(21))
+    folder = tmp_path / "a.sktch.tuning"
+    state = json.loads((folder / "checkpoint-20" / "trainer_state.json").read_text())
+    shutil.rmtree(state["best_model_checkpoint"])
+    with pytest.raises(TuningError, match="the best checkpoint is missing"):
+        tune(tiny, text_file, out, options, eval_data=other, resume=True)
+
+
+def test_an_interrupt_while_the_delta_is_written_keeps_the_checkpoints(
+    tiny, text_file, tmp_path, monkeypatch
+):
+    out = tmp_path / "task.sktch"
+    with monkeypatch.context() as patch:
+        patch.setattr("sketchconv.tuning.run.create", stopping_at_once)
+        with pytest.raises(Suspended, match=r"checkpoint-8 is kept: run .* --resume"):
+            tune(tiny, text_file, out, quick())
+    assert tune(tiny, text_file, out, quick(), resume=True).steps == 8
+
+
+def test_what_could_not_be_written_is_refused_before_the_training(tiny, text_file, tmp_path):
+    def trained(_event):
+        pytest.fail("trained")
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "letter").write_text("dear")
+    before = tiny.read_bytes()
+    cases = [(folder, {}, "not a folder that sketchconv wrote"), (tiny, {}, "a source")]
+    cases += [(text_file, {}, "a source")]
+    for out, more, match in cases:
+        with pytest.raises(OutputError, match=match):
+            tune(tiny, text_file, out, quick(), force=True, progress=trained, **more)
+    with pytest.raises(DeltaError, match="surrogate"):
+        tune(tiny, text_file, tmp_path / "t.sktch", quick(), name="caf\udce9", progress=trained)
+    assert tiny.read_bytes() == before
+    assert not list(tmp_path.glob("*.tuning"))
+
+
 def test_nothing_to_resume(tiny, text_file, tmp_path):
     with pytest.raises(TuningError, match="no checkpoint to resume from"):
         tune(tiny, text_file, tmp_path / "task.sktch", quick(), resume=True)
@@ -319,6 +413,7 @@ def test_activation_checkpointing_changes_no_bit(tiny, text_file, tmp_path):
         ({"device": "tpu"}, "device must be"),
         ({"schedule": "step"}, "schedule must be linear or cosine, got 'step'"),
         ({"seq_len": 1}, "seq_len must be at least 2"),
+        ({"seed": 2**32}, "seed must be at least 0 and at most 4294967295"),
     ],
 )
 def test_bad_options(changes, match):
