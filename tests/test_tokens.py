@@ -58,10 +58,11 @@ class Counting:
     """A tokenizer that counts the characters that it is shown."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.shown = tokenizer, 0
+        self.tokenizer, self.shown, self.most = tokenizer, 0, 0
 
     def __call__(self, text, **options):
         self.shown += len(text)
+        self.most = max(self.most, len(text))
         return self.tokenizer(text, **options)
 
 
@@ -71,11 +72,11 @@ def test_the_beginning_is_that_of_the_whole(text, kind):
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=kinds(text)[kind])
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert first_tokens(tokenizer, text, None) == whole
-    assert first_tokens(tokenizer, text, 10 * len(whole)) == whole
+    assert first_tokens(tokenizer, text, None).tolist() == whole
+    assert first_tokens(tokenizer, text, 10 * len(whole)).tolist() == whole
     for wanted in (0, 1, 100, 777, len(whole) - 1):
         counting = Counting(tokenizer)
-        found = first_tokens(counting, text, wanted)
+        found = first_tokens(counting, text, wanted).tolist()
         assert len(found) >= wanted
         assert found == whole[: len(found)]
         if wanted <= 100:
@@ -90,6 +91,70 @@ def test_texts_without_borders(text, tmp_path):
     plain = byte_pairs(pre_tokenizers.ByteLevel(add_prefix_space=False), "no-break")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain)
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    found = first_tokens(tokenizer, text, 50)
+    found = first_tokens(tokenizer, text, 50).tolist()
     assert found == whole[: len(found)]
     assert len(found) >= min(50, len(whole))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "llama2", "bert"])
+def test_pieces_have_the_ids_of_the_whole(text, kind, monkeypatch):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=kinds(text)[kind])
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for piece in (5000, 7001):
+        monkeypatch.setattr("sketchconv.tokens.PIECE", piece)
+        counting = Counting(tokenizer)
+        assert first_tokens(counting, text, None).tolist() == whole
+        assert counting.most <= piece
+        parts = (text[n : n + 999] for n in range(0, len(text), 999))
+        assert first_tokens(tokenizer, parts, 10 * len(whole)).tolist() == whole
+        found = first_tokens(tokenizer, text, len(whole) // 2).tolist()
+        assert len(whole) // 2 <= len(found) < len(whole)
+        assert found == whole[: len(found)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["no-break" * 3000, "1234567890" * 2000, "\u65e5\u672c\U0001f600" * 3000, " " * 30000],
+    ids=["no-break", "digits", "bytes", "spaces"],
+)
+@pytest.mark.parametrize("kind", ["gpt2", "llama3"])
+def test_pieces_of_texts_without_borders_lose_nothing(text, kind, monkeypatch):
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setattr("sketchconv.tokens.PIECE", 4096)
+    plain = kinds("no break")[kind]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain)
+    found = first_tokens(tokenizer, text, None)
+    spelled = "".join(plain.id_to_token(n) for n in found)
+    whole = "".join(plain.id_to_token(n) for n in tokenizer(text)["input_ids"])
+    assert spelled == whole
+
+
+def test_no_more_of_a_text_is_read_than_is_needed(text):
+    from tokenizers import pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = byte_pairs(pre_tokenizers.ByteLevel(add_prefix_space=False), text)
+    read = []
+
+    def parts():
+        for n in range(0, len(text), 100):
+            read.append(n)
+            yield text[n : n + 100]
+
+    first_tokens(PreTrainedTokenizerFast(tokenizer_object=plain), parts(), 100)
+    assert len(read) < 30
+
+
+class Plain:
+    """A tokenizer that does not know where its tokens come from."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [len(word) for word in text.split()]}
+
+
+def test_a_tokenizer_without_places_gets_whole_paragraphs(text, monkeypatch):
+    monkeypatch.setattr("sketchconv.tokens.PIECE", 5000)
+    assert first_tokens(Plain(), text, None).tolist() == [len(word) for word in text.split()]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from sketchconv.calibration.options import SELF
 from sketchconv.errors import CalibrationError
+from sketchconv.tokens import BYTE_ORDER_MARK, PIECE, half_character
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,8 +20,10 @@ if TYPE_CHECKING:
 _CHARACTERS_PER_TOKEN = 16
 
 
-def read_documents(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[str]:
-    """The documents of one text, in its order.
+def read_documents(
+    text: str, tokenizer: PreTrainedTokenizerBase, tokens: int
+) -> Iterator[Iterable[str]]:
+    """The documents of one text, in its order, each as its parts: a file is read as far as needed.
 
     Args:
         text: a ``.jsonl`` file with a `text` or a `messages` field on every line, any other file
@@ -27,15 +32,16 @@ def read_documents(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -
         tokens: how many are wanted; only a data set is cut by it.
 
     Raises:
-        CalibrationError: no such text, not UTF-8, a line without text, no chat template.
+        CalibrationError: no such text, not UTF-8, a line without text, half a character, no chat
+            template.
     """
     check_text(text)
     path = Path(text).expanduser()
     if not path.is_file():
-        return _data_set(text, tokenizer, tokens)
+        return ((document,) for document in _data_set(text, tokenizer, tokens))
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return _json_lines(path, tokenizer)
-    return iter((_decoded(path),))
+        return ((document,) for document in _json_lines(path, tokenizer))
+    return iter((_parts(path),))
 
 
 def check_texts(texts: Iterable[str]) -> None:
@@ -57,29 +63,51 @@ def check_text(text: str) -> None:
         raise CalibrationError(f"calibration text {text}: no such file")
 
 
-def _decoded(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"calibration text {path}: byte {error.start} is not UTF-8; save the text as UTF-8"
-        ) from None
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A text file, open behind its byte order mark."""
+    with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8") as file:
+        try:
+            if file.read(1) != BYTE_ORDER_MARK:
+                file.seek(0)
+            yield file
+        except UnicodeDecodeError as error:
+            # The error counts from the start of what was decoded last.
+            byte = raw.tell() - len(error.object) + error.start
+            raise CalibrationError(
+                f"calibration text {path}: byte {byte} is not UTF-8; save the text as UTF-8"
+            ) from None
+
+
+def _parts(path: Path) -> Iterator[str]:
+    with _opened(path) as file:
+        while part := file.read(PIECE):
+            yield part
 
 
 def _json_lines(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    for number, line in enumerate(_decoded(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"calibration text {path}: line {number}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{where}: not JSON ({error})") from None
-        yield _document(value, where, tokenizer)
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"calibration text {path}: line {number}"
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CalibrationError(f"{where}: not JSON ({error})") from None
+            yield _document(value, where, tokenizer)
 
 
 def _document(value: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of one record."""
+    text = _text(value, where, tokenizer)
+    found = half_character(text)
+    if found is not None:
+        raise CalibrationError(f"{where}: {found}")
+    return text
+
+
+def _text(value: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(value, dict) and isinstance(value.get("text"), str):
         return str(value["text"])
     messages = value.get("messages") if isinstance(value, dict) else None

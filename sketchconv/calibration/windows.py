@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -125,10 +126,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> lis
 
 
 def _token_ids(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, most: int
-) -> list[int]:
-    """The documents' first tokens, with the end-of-text token between documents."""
-    tokens: list[int] = []
+    documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase, most: int
+) -> array[int]:
+    """The documents' first tokens, int32, with the end-of-text token between documents."""
+    tokens: array[int] = array("i")
     for document in documents:
         if tokens and tokenizer.eos_token_id is not None:
             tokens.append(int(tokenizer.eos_token_id))
@@ -138,7 +139,7 @@ def _token_ids(
     return tokens
 
 
-def _draw(tokens: list[int], text: str, count: tuple[int, int], length: int, seed: int) -> Tensor:
+def _draw(tokens: array[int], text: str, count: tuple[int, int], length: int, seed: int) -> Tensor:
     import torch
 
     available = len(tokens) // length
@@ -152,9 +153,9 @@ def _draw(tokens: list[int], text: str, count: tuple[int, int], length: int, see
             f"calibration text {text}: {available} windows of {length} tokens, but {count[0]} are "
             f"needed; take a longer text, or --tokens {available * length}"
         )
-    cut = torch.tensor(tokens[: available * length], dtype=torch.int64).view(available, length)
+    cut = torch.frombuffer(tokens, dtype=torch.int32, count=available * length)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return cut[order[: count[1]]]
+    return cut.view(available, length)[order[: count[1]]].long()
 
 
 def _framed(windows: Tensor, before: list[int], after: list[int]) -> Tensor:

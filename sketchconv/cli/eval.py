@@ -30,7 +30,11 @@ _DTYPES = click.Choice(["float32", "bfloat16", "float16"], case_sensitive=False)
     show_default=True,
     help="Windows from the start of each text; 0 takes all.",
 )
-@click.option("--seq-len", type=click.IntRange(2), default=1024, show_default=True)
+@click.option(
+    "--seq-len",
+    type=click.IntRange(2),
+    help="Tokens per window. [default: 1024, or as many as the models have positions for]",
+)
 @click.option("--stride", type=click.IntRange(1), help="Below --seq-len, windows overlap.")
 @click.option("--choices", type=_FILE, help="JSON Lines: question, choices, answer.")
 @click.option("--dtype", type=_DTYPES, help="Of the computation. [default: the model's own]")
@@ -65,6 +69,7 @@ def command(models: tuple[str, ...], **options: Any) -> None:
         _material(options["texts"], options["choices"]),
         reference=options["reference"],
         cut=cut,
+        fit=options["seq_len"] is None,
         dtype=options["dtype"],
         device=options["device"],
         progress=None if options["quiet"] else _progress(),
@@ -78,9 +83,9 @@ def command(models: tuple[str, ...], **options: Any) -> None:
 
 
 def _cut(options: dict[str, Any]) -> Cut:
-    from sketchconv.evaluation.windows import Cut
+    from sketchconv.evaluation.windows import SEQ_LEN, Cut
 
-    return Cut(options["seq_len"], options["stride"], options["windows"] or None)
+    return Cut(options["seq_len"] or SEQ_LEN, options["stride"], options["windows"] or None)
 
 
 def _material(texts: tuple[Path, ...], choices: Path | None) -> Any:

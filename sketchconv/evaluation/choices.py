@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from sketchconv.errors import EvaluationError
+from sketchconv.evaluation.limits import check_numbers, check_question
+from sketchconv.tokens import BYTE_ORDER_MARK, half_character
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,11 +26,15 @@ _PROMPTS = ("question", "context", "prompt")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt, its possible continuations, and the index of the right one."""
+    """A prompt, its possible continuations, and the index of the right one.
+
+    `place` says for errors where it stands; what is asked does not depend on it.
+    """
 
     prompt: str
     choices: tuple[str, ...]
     answer: int
+    place: str = field(default="a question", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     """
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8").removeprefix(BYTE_ORDER_MARK).split("\n")
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{path}: byte {error.start} is not UTF-8") from None
     for number, line in enumerate(lines, 1):
@@ -91,14 +97,18 @@ def _question(line: str, where: str) -> Question:
         or not all(isinstance(choice, str) and choice.strip() for choice in choices)
     ):
         raise EvaluationError(f"{where}: choices must be a list of at least two texts")
-    return Question("\n".join(parts), tuple(choices), _answer(record.get("answer"), choices, where))
+    found = half_character("\n".join([*parts, *choices]))
+    if found is not None:
+        raise EvaluationError(f"{where}: {found}")
+    answer = _answer(record.get("answer"), choices, where)
+    return Question("\n".join(parts), tuple(choices), answer, where)
 
 
 def _answer(value: Any, choices: Sequence[str], where: str) -> int:
     index = value
     if isinstance(value, str) and value in choices:
         index = choices.index(value)
-    elif isinstance(value, str) and len(value) == 1 and value.isalpha():
+    elif isinstance(value, str) and len(value) == 1 and value.isascii() and value.isalpha():
         index = ord(value.upper()) - ord("A")
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(choices):
         raise EvaluationError(
@@ -111,7 +121,12 @@ def _answer(value: Any, choices: Sequence[str], where: str) -> int:
 def answer_questions(
     network: Network, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> ChoiceScore:
-    """Ask every question of a model, all choices of one at once."""
+    """Ask every question of a model, all choices of one at once.
+
+    Raises:
+        EvaluationError: a question is too long for the model or has tokens that it does not know,
+            or the model gives NaN.
+    """
     plain, per_byte = [], []
     with torch.inference_mode():
         for question in questions:
@@ -136,13 +151,16 @@ def _log_probabilities(
     for n, (tokens, _) in enumerate(rows):
         ids[n, : len(tokens)] = torch.tensor(tokens)
         mask[n, : len(tokens)] = 1
+    check_question(network, ids, question.place)
     states = network.states(ids, mask)[-1]
     sums = []
     for n, (tokens, begin) in enumerate(rows):
         logits = network.logits(states[n, begin - 1 : len(tokens) - 1]).cpu()
         chosen = torch.log_softmax(logits, -1).gather(1, ids[n, begin : len(tokens), None])
         sums.append(chosen.sum(dtype=torch.float64))
-    return torch.stack(sums)
+    found = torch.stack(sums)
+    check_numbers(network.name, found)
+    return found
 
 
 def continued(

@@ -11,13 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from sketchconv.errors import EvaluationError
 from sketchconv.evaluation.choices import ChoiceScore, Question, answer_questions
+from sketchconv.evaluation.limits import fitted
 from sketchconv.evaluation.network import Network
-from sketchconv.evaluation.opening import (
-    check_same_tokens,
-    open_network,
-    open_tokenizer,
-    resolve,
-)
+from sketchconv.evaluation.opening import common_tokenizer, open_network, resolve
 from sketchconv.evaluation.reference import Reference
 from sketchconv.evaluation.ruler import Measured, Ruler, Text
 from sketchconv.evaluation.scores import TextScore
@@ -92,6 +88,7 @@ def evaluate(
     *,
     reference: str | None = None,
     cut: Cut | None = None,
+    fit: bool = False,
     dtype: str | None = None,
     device: str = "auto",
     progress: ProgressCallback | None = None,
@@ -102,22 +99,26 @@ def evaluate(
         models: folders, sketches, GGUF files or hub ids of causal language models.
         material: texts and questions.
         reference: the model that the others came from; gives divergences and layers' errors.
-        cut: how to cut texts; 16 windows of 1024 tokens by default.
+        cut: how to cut texts; by default 16 windows of 1024 tokens, or fewer as with `fit`.
+        fit: cut shorter windows where one of the models has positions for fewer tokens.
         dtype: of the computation; by default each model's own, and for a GGUF file that of the
             reference or float32.
         device: "auto", "cpu", "cuda" or "cuda:n"; "cuda" fails where there is none.
         progress: called after each window.
 
     Raises:
-        EvaluationError: nothing to measure, a model that is none, or models that do not match.
+        EvaluationError: nothing to measure, a model that is none or gives NaN, models that do not
+            match, or a text or question that does not fit one of them.
     """
     if not models or not (material.texts or material.questions):
         raise EvaluationError("nothing to measure: name a model, and a text or questions")
     device = _device(device)
     paths = {name: resolve(name) for name in models}
     compared = {} if reference is None else {reference: resolve(reference)}
-    tokenizer = _tokenizer([*compared.items(), *paths.items()])
-    cut = cut or Cut()
+    tokenizer = common_tokenizer([*compared.items(), *paths.items()])
+    fit, cut = fit or cut is None, cut or Cut()
+    if fit and material.texts:
+        cut = fitted(cut, [*compared.values(), *paths.values()])
     texts = [
         Text(name, tuple(cut_windows(tokenizer, text, cut, name)))
         for name, text in material.texts.items()
@@ -190,22 +191,6 @@ def _ggufs_dtype(path: Path, reference: _Kept | None) -> str | None:
 
 def _dtype(network: Network) -> str:
     return str(network.model.dtype).removeprefix("torch.")
-
-
-def _tokenizer(named: Sequence[tuple[str, Path]]) -> PreTrainedTokenizerBase:
-    """The first tokenizer there is; all others must name tokens as it does."""
-    first: tuple[str, PreTrainedTokenizerBase] | None = None
-    for name, path in named:
-        tokenizer = open_tokenizer(path)
-        if tokenizer is None:
-            continue
-        if first is None:
-            first = (name, tokenizer)
-        else:
-            check_same_tokens(name, tokenizer, *first)
-    if first is None:
-        raise EvaluationError(f"{named[0][0]}: comes without a tokenizer, so no text can be read")
-    return first[1]
 
 
 def _ticker(progress: ProgressCallback | None, name: str) -> Callable[[int, int], None] | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sketchconv.errors import EvaluationError
+from sketchconv.evaluation.limits import model_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +49,7 @@ class Network:
             )
         self._split: bool | None = None
         self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.positions = model_positions(model)
 
     @property
     def splits(self) -> bool:

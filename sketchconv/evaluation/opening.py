@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,29 @@ def check_same_tokens(
             f"{name} and {other_name} have different vocabularies: {len(odd)} tokens differ, "
             f"for instance {shown}; only models of one vocabulary can be compared"
         )
+
+
+def common_tokenizer(named: Sequence[tuple[str, Path]]) -> PreTrainedTokenizerBase:
+    """The first tokenizer there is; all others must name tokens as it does.
+
+    Args:
+        named: models' names and paths, at least one.
+
+    Raises:
+        EvaluationError: two differ, or there is none.
+    """
+    first: tuple[str, PreTrainedTokenizerBase] | None = None
+    for name, path in named:
+        tokenizer = open_tokenizer(path)
+        if tokenizer is None:
+            continue
+        if first is None:
+            first = (name, tokenizer)
+        else:
+            check_same_tokens(name, tokenizer, *first)
+    if first is None:
+        raise EvaluationError(f"{named[0][0]}: comes without a tokenizer, so no text can be read")
+    return first[1]
 
 
 def _from_transformers(path: Path, dtype: str | None) -> Any:

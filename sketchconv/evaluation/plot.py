@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 _SVG_SEED = "sketchconv"
+# Beyond it matplotlib cannot scale an axis, and a bar says no more than a word.
+_MOST = 1e100
 
 
 def check_plot(path: Path) -> None:
@@ -37,7 +39,8 @@ def save_plot(evaluation: Evaluation, path: Path) -> None:
     """Write bars per model and text and, with a reference, the errors along the layers.
 
     Bars show KL to the reference where there is one, perplexity elsewhere; lines on them are two
-    standard errors to each side. The same evaluation gives the same bytes.
+    standard errors to each side. Infinite bars are left out, with words in their place. The same
+    evaluation gives the same bytes.
 
     Raises:
         EvaluationError: as `check_plot`, or there is nothing to draw.
@@ -70,10 +73,22 @@ def _bars(axes: Any, models: Sequence[ModelScore]) -> None:
     for n, name in enumerate(names):
         places = [m + (n - (len(names) - 1) / 2) * width for m in range(len(models))]
         values, errors = zip(*(_height(model, n, compared) for model in models), strict=True)
-        axes.bar(places, values, width, yerr=errors, label=name, capsize=3)
+        shown = [_finite(value) for value in values]
+        lines = [_finite(error) for error in errors]
+        axes.bar(places, shown, width, yerr=lines, label=name, capsize=3)
+        for place, value in zip(places, values, strict=True):
+            if _finite(value) != value:
+                axes.text(
+                    place, 0, f" {value:.3g}: not drawn", rotation=90, ha="center", va="bottom"
+                )
     axes.set_xticks(range(len(models)), _labels(models), rotation=20, ha="right")
     axes.set_ylabel("KL to the reference, nats per token" if compared else "perplexity")
     axes.legend()
+
+
+def _finite(value: float) -> float:
+    """The value, or 0 for one that is infinite or as good as that."""
+    return value if abs(value) < _MOST else 0.0
 
 
 def _height(model: ModelScore, n: int, compared: bool) -> tuple[float, float]:

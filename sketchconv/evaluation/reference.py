@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sketchconv.calibration.mapped import map_new
 from sketchconv.errors import CalibrationError, EvaluationError
+from sketchconv.evaluation.limits import check_windows
 
 if TYPE_CHECKING:
     from sketchconv.evaluation.network import Network
@@ -35,7 +36,8 @@ class Reference:
         progress: called with the windows done and in all.
 
     Raises:
-        EvaluationError: the disk has no room for the hidden states.
+        EvaluationError: the disk has no room for the hidden states, or the windows have what the
+            model cannot be shown.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Reference:
         self.name, self.vocabulary = network.name, network.vocabulary
         self._network = network
         self._texts = texts
+        check_windows(network, texts)
         self._folder = tempfile.TemporaryDirectory(prefix="sketchconv-eval-")
         self._known: dict[Place, tuple[Tensor, ...]] = {}
         places = [(t, w) for t, text in enumerate(texts) for w in range(len(text.windows))]

@@ -9,6 +9,7 @@ import torch
 
 from sketchconv.errors import EvaluationError
 from sketchconv.evaluation.layers import LayerErrors
+from sketchconv.evaluation.limits import check_numbers, check_windows
 from sketchconv.evaluation.network import Network
 from sketchconv.evaluation.reference import LAYER_WINDOWS, Reference
 from sketchconv.evaluation.scores import TextScore, TokenScores, joined, score
@@ -52,9 +53,11 @@ class Ruler:
         """Scores of one model.
 
         Raises:
-            EvaluationError: the model's vocabulary is not the reference's, or it gives NaN.
+            EvaluationError: the model's vocabulary is not the reference's, it cannot be shown the
+                windows, or either of both gives NaN.
         """
         self._check_vocabulary(network)
+        check_windows(network, self.texts)
         layers = LayerErrors() if self.reference is not None else None
         total, done = sum(len(text.windows) for text in self.texts), 0
         results, own = [], []
@@ -92,10 +95,10 @@ class Ruler:
             targets = window.ids[begin + 1 : end + 1].to(logits.device)
             parts.append(score(logits, targets, theirs))
         scores = joined(parts)
-        if bool(torch.isnan(scores.loss).any()):
-            raise EvaluationError(
-                f"{network.name}: gives NaN logits, so it has no perplexity; try --dtype float32"
-            )
+        if self.reference is not None:
+            check_numbers(self.reference.name, scores.reference_loss)
+        check_numbers(network.name, scores.loss)
+        check_numbers(network.name, scores.divergence)
         return scores
 
     def _check_vocabulary(self, network: Network) -> None:

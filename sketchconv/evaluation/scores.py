@@ -40,9 +40,9 @@ def score(logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> T
     if reference is None:
         return TokenScores(loss)
     log_p = torch.log_softmax(reference, -1)
-    # Terms of a token that the reference excludes (log 0) are 0, not NaN.
-    gap = torch.where(log_p.isneginf(), 0.0, log_p - log_q)
-    divergence = (log_p.exp() * gap).sum(-1, dtype=torch.float64)
+    p = log_p.exp()
+    # Terms of a token that the reference excludes (probability 0) are 0, not NaN.
+    divergence = (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1, dtype=torch.float64)
     agreement = (logits.argmax(-1) == reference.argmax(-1)).double().cpu()
     return TokenScores(loss, divergence.cpu(), agreement, _loss(log_p, targets))
 

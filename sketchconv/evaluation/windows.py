@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from sketchconv.errors import EvaluationError
-from sketchconv.tokens import first_tokens
+from sketchconv.tokens import BYTE_ORDER_MARK, first_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SEQ_LEN = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Cut:
         count: windows from the start of the text; None takes all.
     """
 
-    seq_len: int = 1024
+    seq_len: int = SEQ_LEN
     stride: int | None = None
     count: int | None = 16
 
@@ -63,13 +65,13 @@ class Cut:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file.
+    """A UTF-8 text file; a byte order mark is no part of the text.
 
     Raises:
         EvaluationError: it is not UTF-8, or holds no text.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise EvaluationError(
             f"{path}: byte {error.start} is not UTF-8; save the text as UTF-8"

@@ -25,13 +25,17 @@ def both(text, tokenizer, counts, length=32, *, seed=0, vocabulary=260, **option
     )
 
 
+def documents(path, tokenizer):
+    return ["".join(parts) for parts in read_documents(str(path), tokenizer, 10)]
+
+
 def windows(text, tokenizer, count=4, length=32, **options):
     counts = count if isinstance(count, tuple) else (count, count)
     return both(text, tokenizer, counts, length, **options).gathered
 
 
 def test_json_lines_give_texts_and_rendered_chats(lines, tokenizer):
-    assert list(read_documents(str(lines), tokenizer, 10)) == ["one two", "user: three\n"]
+    assert documents(lines, tokenizer) == ["one two", "user: three\n"]
 
 
 def test_documents_are_joined_by_the_end_of_text_token(lines, tokenizer):
@@ -118,6 +122,15 @@ def test_special_tokens_frame_every_window(text, byte_tokenizer):
         ("a.jsonl", b'{"text": "x"}\n{oops}\n', "line 2: not JSON"),
         ("a.jsonl", b'{"body": "x"}\n', "line 1: expected an object with a text or a messages"),
         ("a.jsonl", b'["x"]\n', "line 1: expected an object"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xc3"}', "byte 24 is not UTF-8"),
+        ("a.jsonl", b'{"text":' + b"[" * 200_000, "line 1: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y \\ud83d z"}', r"line 2: \\ud83d is half of"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "u", "content": "\\ude00"}]}',
+            r"line 1: \\ude00 is half of",
+        ),
+        ("a.txt", b"\xef\xbb\xbf" + b"x" * 3_000_000 + b"\xff", "byte 3000003 is not UTF-8"),
         ("a.jsonl", b'{"messages": [1]}\n', "line 1: the chat template refused it"),
         ("a.txt", b"short", "5 tokens, less than one window of 32"),
         ("a.txt", b"long enough for one window, but not for four of them", "1 windows of 32"),
@@ -130,6 +143,38 @@ def test_bad_texts_are_refused_with_the_place(tmp_path, tokenizer, name, content
     with pytest.raises(CalibrationError, match=message) as caught:
         windows(path, tokenizer)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", b"one two"), ("a.jsonl", b'{"text": "one two"}')]
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, name, content):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert documents(tmp_path / name, tokenizer) == ["one two"]
+
+
+def test_whole_surrogate_pairs_are_characters(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "\\ud83d\\ude00"}')
+    assert documents(path, tokenizer) == ["\U0001f600"]
+
+
+def test_a_long_text_is_tokenized_and_read_by_pieces(tmp_path, tokenizer, monkeypatch):
+    """Peak memory does not grow with the text; the windows are those of the text at once."""
+    path = tmp_path / "long.txt"
+    path.write_text("".join(f"{n:07d}\r\n" for n in range(6000)), newline="")
+    whole = windows(path, tokenizer, 100)
+    shown = []
+
+    def counting(text, **options):
+        shown.append(len(text))
+        return tokenizer(text, **options)
+
+    monkeypatch.setattr("sketchconv.tokens.PIECE", 5000)
+    monkeypatch.setattr("sketchconv.calibration.texts.PIECE", 3000)
+    counting.eos_token_id = tokenizer.eos_token_id
+    assert torch.equal(windows(path, counting, 100), whole)
+    assert max(shown) <= 5000
 
 
 def test_a_missing_file_is_not_taken_for_a_data_set(tokenizer):

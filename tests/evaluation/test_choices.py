@@ -52,12 +52,46 @@ def test_reading(tmp_path):
         ({"question": "q", "choices": ["x", "y"], "answer": True}, "got True"),
         ({"question": "q", "choices": ["x", "y"], "answer": "C"}, "got 'C'|got 2"),
         ({"question": "q", "choices": ["x", "y"]}, "got None"),
+        ({"question": "q", "choices": ["x", "y"], "answer": "\u00df"}, "line 2: answer must"),
+        ("[" * 200_000, "line 2: not JSON"),
+        ({"question": "q \ud83d", "choices": ["x", "y"], "answer": 0}, r"line 2: \\ud83d is half"),
+        ({"question": "q", "choices": ["x", "\ude00"], "answer": 0}, r"line 2: \\ude00 is half"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, record, message):
     good = {"question": "q", "choices": ["x", "y"], "answer": 0}
     with pytest.raises(EvaluationError, match=message):
         read_questions(written(tmp_path, good, record))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"question": "q", "choices": ["x", "y"], "answer": 1}')
+    assert read_questions(path) == (Question("q", ("x", "y"), 1),)
+
+
+def test_a_broken_model_answers_nothing(makers):
+    model = makers.model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(EvaluationError, match="broken: gives NaN"):
+        answer_questions(
+            Network(model, "broken"), makers.tokenizer(), [Question("w1", ("w2", "w3"), 0)]
+        )
+
+
+def test_a_question_that_does_not_fit_is_named(makers):
+    words = makers.tokenizer()
+    short = Network(makers.model(max_position_embeddings=16), "m")
+    fits = Question(makers.text(15), ("w1", "w2"), 0, "q.jsonl, line 1")
+    answer_questions(short, words, [fits])
+    longer = Question(makers.text(15), ("w1 w2", "w2"), 0, "q.jsonl, line 2")
+    with pytest.raises(EvaluationError, match=r"line 2: 17 tokens .* m has positions for 16"):
+        answer_questions(short, words, [fits, longer])
+    few = Network(makers.model(vocab_size=40), "m")
+    unknown = Question("w1", ("w2", "w60"), 0, "q.jsonl, line 3")
+    with pytest.raises(EvaluationError, match="line 3: token 63, but m has an embedding of 40"):
+        answer_questions(few, words, [unknown])
 
 
 def test_no_question_at_all(tmp_path):

@@ -148,3 +148,33 @@ def test_an_encoder_has_no_perplexity(place, makers, tmp_path, kind, message):
     done = run(place, str(tmp_path / "bert"), "--text", "text.txt")
     assert done.exit_code == 1
     assert message in done.output
+
+
+@pytest.mark.parametrize(("models", "length"), [(["dense", "short"], 16), (["sketch.sktch"], 64)])
+def test_windows_are_no_longer_than_the_models_can_take(place, makers, tmp_path, models, length):
+    makers.folder(tmp_path / "short", makers.model("GPT2LMHeadModel", max_position_embeddings=16))
+    paths = [str((tmp_path if name == "short" else place) / name) for name in models]
+    words = ["--text", str(place / "text.txt")]
+    done = CliRunner().invoke(cli, ["eval", *paths, *words])
+    assert done.exit_code == 0, done.output
+    assert f"windows of {length} tokens" in done.output
+    asked = CliRunner().invoke(cli, ["eval", *paths, *words, "--seq-len", str(length + 1)])
+    assert asked.exit_code == 1
+    assert f"positions for {length}; take --seq-len {length} or less" in asked.output
+
+
+@PLOTS
+@pytest.mark.filterwarnings("error")
+def test_a_plot_of_what_is_infinite(tmp_path):
+    from sketchconv.evaluation.evaluate import Evaluation, ModelScore
+    from sketchconv.evaluation.plot import save_plot
+    from sketchconv.evaluation.scores import Spread, TextScore
+    from sketchconv.evaluation.windows import Cut
+
+    models = []
+    for n, value in enumerate((math.inf, 3.0, 1e300)):
+        text = TextScore("t", 2, 9, value, Spread(math.log(value), 0.1), None)
+        models.append(ModelScore(f"m{n}", None, None, "float32", (text,), None, None, 1.0))
+    evaluation = Evaluation(tuple(models), None, Cut(), 0, "cpu")
+    save_plot(evaluation, tmp_path / "p.svg")
+    assert (tmp_path / "p.svg").read_text().count("not drawn") == 2

@@ -11,6 +11,7 @@ import torch
 
 from sketchconv.errors import EvaluationError
 from sketchconv.evaluation import network as network_module
+from sketchconv.evaluation.limits import model_positions
 from sketchconv.evaluation.network import Network
 from sketchconv.evaluation.reference import Reference
 from sketchconv.evaluation.ruler import Ruler, Text
@@ -149,3 +150,42 @@ def test_nan_is_an_error_that_names_the_model(makers):
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(EvaluationError, match="broken: gives NaN"):
         Ruler([text(makers)]).measure(Network(model, "broken"))
+
+
+def test_nan_of_the_reference_names_the_reference(makers):
+    model, words = makers.model(), text(makers)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    ruler = Ruler([words], Reference(Network(model, "dense"), [words]))
+    with pytest.raises(EvaluationError, match="dense: gives NaN"):
+        ruler.measure(Network(makers.model(), "sketch"))
+
+
+@pytest.mark.parametrize("measure", ["ruler", "reference"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_position_embeddings": 8}, "m: windows of 12 tokens, .* positions for 8; take --seq"),
+        ({"vocab_size": 40}, r"text: token \d+, but m has an embedding of 40 rows"),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused(makers, measure, changes, message):
+    network, words = Network(makers.model(**changes), "m"), text(makers)
+    with pytest.raises(EvaluationError, match=message):
+        Ruler([words]).measure(network) if measure == "ruler" else Reference(network, [words])
+
+
+def test_no_limit_of_positions_and_those_behind_the_padding(makers):
+    class Config:
+        def __init__(self, most):
+            self.max_position_embeddings = most
+
+        def get_text_config(self):
+            return self
+
+    model = torch.nn.Module()
+    for most, expected in ((-1, None), (None, None), (512, 512)):
+        model.config = Config(most)
+        assert model_positions(model) == expected
+    model.position_embeddings = torch.nn.Embedding(514, 2, padding_idx=1)
+    assert model_positions(model) == 512

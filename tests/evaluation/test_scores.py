@@ -112,3 +112,9 @@ def test_logits_are_no_layer():
     errors = LayerErrors()
     errors.add([torch.ones(1, 2, 4), torch.ones(1, 2, 9)], [torch.ones(1, 2, 4)] * 2)
     assert errors.values() == (0.0,)
+
+
+def test_a_probability_of_nothing_against_one_excluded_counts_nothing():
+    reference = torch.tensor([[0.0, -300.0]])  # the second has probability 0 in float32
+    logits = torch.tensor([[0.0, -math.inf]])
+    assert score(logits, torch.tensor([0]), reference).divergence.tolist() == [0]

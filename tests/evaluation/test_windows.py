@@ -72,6 +72,11 @@ def test_no_windows_are_refused():
         Cut(10, None, 0)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfw1 w2")
+    assert read_text(tmp_path / "text.txt") == "w1 w2"
+
+
 def test_texts_that_are_none(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"good \xff bad")
