@@ -86,14 +86,16 @@ def adaptation() -> str:
             best[key] = row
     body = []
     for work in sorted({key[:6] for key in best if key[4]}):
-        untuned, lora, lut = (
-            best[(*work[:4], 0, 0, "none")],
-            best[(*work, "lora")],
-            best[(*work, "lut")],
-        )
-        test = [math.exp(run["test"]) for run in (untuned, lora, lut)]
-        cells = [perplexity(test[0]), *(tuned(run) for run in (lora, lut))]
-        body.append([shape(lut), str(work[4]), *cells, f"{test[2] / test[1]:.3f}"])
+        untuned = best[(*work[:4], 0, 0, "none")]
+        pair = [best.get((*work, kind)) for kind in ("lora", "lut")]
+        cells = [
+            perplexity(math.exp(untuned["test"])),
+            *("" if r is None else tuned(r) for r in pair),
+        ]
+        lora, lut = pair
+        ratio = "" if lora is None or lut is None else f"{math.exp(lut['test'] - lora['test']):.3f}"
+        first = lut or lora or untuned
+        body.append([shape(first), str(work[4]), *cells, ratio])
     return grid(["", "steps", "untuned", "LoRA", "LUTs", "LUTs / LoRA"], body)
 
 
@@ -101,7 +103,7 @@ def shape(run: dict[str, Any]) -> str:
     """The base that a run started from, and the machine where it was not the GPU."""
     base = ", calibrated" if run["base"] == "calibrated" else ""
     place = ", on a CPU" if run["device"] == "cpu" else ""
-    order = ", other order" if run.get("seed") else ""
+    order = f", order {run['seed'] + 1}" if run.get("seed") else ""
     return f"{run['bits']} bits, G = {run['groups']}{base}{place}{order}"
 
 
