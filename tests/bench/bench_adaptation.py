@@ -9,7 +9,8 @@ perplexity on the test text.
 Every run is one line of JSON in `WORK/runs.jsonl`, written when it is done; runs that are there
 are not made again, so that the benchmark can be stopped and started, and several processes can work
 side by side on shapes or rates of their own. `--only show` prints the table of what there is. The
-rows of one H100 and one CPU are kept beside this file, in `adaptation.jsonl`; `tables.py` prints them.
+rows of an H100 and of a CPU are kept in `adaptation.jsonl` beside this file; `tables.py` prints
+them.
 
     python tests/bench/bench_adaptation.py --train wiki.valid.txt --test wiki.test.txt
 
