@@ -20,6 +20,7 @@ from sketchconv.calibration.windows import (
     text_windows,
 )
 from sketchconv.errors import CalibrationError
+from sketchconv.evaluation.limits import model_positions
 
 # The recovery measures itself on one window in eight.
 _WITH_HELD_OUT = 8 / 7
@@ -153,13 +154,8 @@ def _self_written(
 
 
 def _check_positions(seq_len: int, weights: Weights) -> None:
-    config = weights.model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    for name, module in weights.model.named_modules():
-        if "position" in name and getattr(module, "padding_idx", None) is not None:
-            most = module.num_embeddings - module.padding_idx - 1  # RoBERTa's start behind it
-    # XLNet says -1: no limit.
-    if isinstance(most, int) and 1 <= most < seq_len:
+    most = model_positions(weights.model)
+    if most is not None and most < seq_len:
         raise CalibrationError(
             f"windows of {seq_len} tokens, but the model has positions for {most}; "
             f"take --seq-len {most} or less"

@@ -37,8 +37,8 @@ class LutTrainer(Trainer):
         lut_optimizer: "adamw" or "muon".
         relative: see `LutMuon` and `LutAdamW`.
         cache_weights: keep all trained weights decoded during a step (2 bytes per weight in
-            bfloat16); None does where that takes at most a third of half of the machine's memory,
-            or of the free memory of a GPU.
+            bfloat16); None does where that takes at most a sixth of the machine's memory, or
+            a third of the free memory of a GPU.
     """
 
     def __init__(
