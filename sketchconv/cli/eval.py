@@ -135,6 +135,9 @@ def _print(result: Evaluation) -> None:
 
     every = [*result.models] if result.reference is None else [result.reference, *result.models]
     click.echo(_conditions(result))
+    for model in every:
+        if model.texts and model.context is not None and model.context < result.cut.seq_len:
+            click.echo(f"{model.model}: windows are longer than its context of {model.context}")
     table = Table(box=box.SIMPLE)
     table.add_column("model", overflow="fold")
     for title in ("bits/weight", "text", "perplexity", "KL", "median", "99 %", "top-1 the same"):

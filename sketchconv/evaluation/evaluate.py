@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sketchconv.errors import EvaluationError
 from sketchconv.evaluation.choices import ChoiceScore, Question, answer_questions
-from sketchconv.evaluation.limits import fitted
+from sketchconv.evaluation.limits import fitted, trained_positions
 from sketchconv.evaluation.network import Network
 from sketchconv.evaluation.opening import common_tokenizer, open_network, resolve
 from sketchconv.evaluation.reference import Reference
@@ -39,6 +39,7 @@ class ModelScore:
         layers: relative error of each hidden state against the reference's, the embeddings first.
         choices: None where no question was asked.
         seconds: wall time, loading included.
+        context: tokens that its config names as its longest text; None where it names none.
     """
 
     model: str
@@ -49,6 +50,7 @@ class ModelScore:
     layers: tuple[float, ...] | None
     choices: ChoiceScore | None
     seconds: float
+    context: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,10 @@ def _score(
     layers = None if measured is None else measured.layers
     texts = () if measured is None else measured.texts
     seconds = time.perf_counter() - opened.started
-    return ModelScore(opened.name, nbytes, bits, _dtype(network), texts, layers, choices, seconds)
+    return ModelScore(
+        *(opened.name, nbytes, bits, _dtype(network), texts, layers, choices, seconds),
+        context=trained_positions(network.model.config),
+    )
 
 
 def size_of(path: Path) -> tuple[int | None, float | None]:

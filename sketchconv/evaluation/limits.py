@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 
 
 def model_positions(model: Any) -> int | None:
-    """How many positions a model of transformers has; None where it sets no limit."""
-    most = _of_config(model.config)
+    """How many positions a model of transformers has; None where it sets no limit.
+
+    Rotary angles are computed for any position: beyond `trained_positions` such a model is worse,
+    but runs, and where its angles are scaled the config may name the number before that.
+    """
+    if any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
+        return None
+    most = trained_positions(model.config)
     for name, module in model.named_modules():
         rows, padding = (getattr(module, key, None) for key in ("num_embeddings", "padding_idx"))
         if "position" in name and rows is not None and padding is not None:
@@ -94,7 +100,8 @@ def _check_tokens(network: Network, ids: Sequence[Tensor], what: str) -> None:
         )
 
 
-def _of_config(config: Any) -> int | None:
+def trained_positions(config: Any) -> int | None:
+    """How many positions a config of transformers names; None where it names none."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     # XLNet says -1: no limit.
     return most if isinstance(most, int) and most > 0 else None
@@ -113,6 +120,6 @@ def _stored_positions(path: Path) -> int | None:
         finally:
             source.close()
         kind = stored.pop("model_type")
-        return _of_config(AutoConfig.for_model(kind, **stored))
+        return trained_positions(AutoConfig.for_model(kind, **stored))
     except Exception:  # a config is a checkpoint's own, and fails in many ways
         return None

@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from sketchconv.deltas import create
 from sketchconv.deltas.making import plain_task
 from sketchconv.errors import EvaluationError, TuningError
+from sketchconv.evaluation.limits import model_positions
 from sketchconv.evaluation.network import Network
 from sketchconv.runtime.load import load, load_tokenizer
 from sketchconv.tuning.arguments import arguments, first_process, model_dtype
@@ -118,7 +119,7 @@ def _model(base: Path, options: TuneOptions) -> Any:
         raise TuningError(
             f"{error}; for other models prepare_for_lut_training and transformers' Trainer"
         ) from None
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = model_positions(model)
     if longest is not None and options.seq_len > longest:
         raise TuningError(
             f"{base}: the model knows {longest} positions, --seq-len is {options.seq_len}"

@@ -331,10 +331,17 @@ def test_exact_and_a_method_of_its_own_do_not_go_together(llama, tmp_path, calib
         )
 
 
-def test_windows_longer_than_the_model_are_refused(llama, text, tmp_path):
+def test_windows_longer_than_learned_positions_are_refused(saved, text, tmp_path):
+    source = saved("GPT2LMHeadModel", n_embd=32, n_layer=2, n_head=4, n_positions=128)
     with pytest.raises(CalibrationError, match="positions for 128"):
-        convert(llama, tmp_path / "tiny.sktch", text, seq_len=256)
-    assert list(tmp_path.iterdir()) == []
+        convert(source, tmp_path / "tiny.sktch", text, seq_len=256)
+    assert not (tmp_path / "tiny.sktch").exists()
+
+
+def test_windows_longer_than_the_context_of_a_rotary_model(llama, text, tmp_path):
+    out = tmp_path / "tiny.sktch"  # 128 positions
+    convert(llama, out, text, method="gptq", seq_len=256)
+    assert out.exists()
 
 
 def test_no_such_device(llama, text, tmp_path):

@@ -82,7 +82,7 @@ def test_a_broken_model_answers_nothing(makers):
 
 def test_a_question_that_does_not_fit_is_named(makers):
     words = makers.tokenizer()
-    short = Network(makers.model(max_position_embeddings=16), "m")
+    short = Network(makers.model("GPT2LMHeadModel", max_position_embeddings=16), "m")
     fits = Question(makers.text(15), ("w1", "w2"), 0, "q.jsonl, line 1")
     answer_questions(short, words, [fits])
     longer = Question(makers.text(15), ("w1 w2", "w2"), 0, "q.jsonl, line 2")

@@ -170,9 +170,17 @@ def test_nan_of_the_reference_names_the_reference(makers):
     ],
 )
 def test_windows_that_do_not_fit_are_refused(makers, measure, changes, message):
-    network, words = Network(makers.model(**changes), "m"), text(makers)
+    network, words = Network(makers.model("GPT2LMHeadModel", **changes), "m"), text(makers)
     with pytest.raises(EvaluationError, match=message):
         Ruler([words]).measure(network) if measure == "ruler" else Reference(network, [words])
+
+
+def test_rotary_positions_have_no_end(makers):
+    model, words = makers.model(max_position_embeddings=8), text(makers)
+    assert model_positions(model) is None
+    longer = makers.model(max_position_embeddings=64)
+    scores = [Ruler([words]).measure(Network(each, "m")).texts for each in (model, longer)]
+    assert scores[0] == scores[1]
 
 
 def test_no_limit_of_positions_and_those_behind_the_padding(makers):
