@@ -13,9 +13,10 @@ from sketchconv.formats.adopting import Adopting
 from sketchconv.formats.errors import OutputFailure
 from sketchconv.formats.header import canonical_header, data_order
 from sketchconv.formats.laid_file import FileLayout, NotedFile
-from sketchconv.formats.part import Data, allocated, check_space, os_failures
+from sketchconv.formats.part import Data, os_failures
 from sketchconv.formats.paths import check_path
 from sketchconv.formats.sharding import INDEX_NAME, SINGLE_NAME
+from sketchconv.formats.staged_folder import staged_files
 from sketchconv.formats.tensors import TensorInfo
 
 
@@ -107,30 +108,20 @@ class DenseFolderWriter(Adopting):
         staging.check_target(self.path, folder=True, overwrite=False)
         self._lock = staging.open_folder(self.path, keep=layouts if resume else ())
         try:
-            self._stage(layouts, files)
+            for layout, place, descriptor in staged_files(self.path, layouts, files):
+                self._begin(layout, place, descriptor)
         except BaseException:
             self.abort()
             raise
 
-    def _stage(self, layouts: Mapping[str, FileLayout], files: Mapping[str, bytes]) -> None:
-        folder = staging.staging_path(self.path)
-        needed = sum(x.size for x in layouts.values()) + sum(map(len, files.values()))
-        there = [folder / name for name in layouts if (folder / name).exists()]
-        needed = max(needed - sum(allocated(path.stat()) for path in there), 0)
-        check_space(folder, needed, self.path)
-        for name, data in files.items():
-            staging.write_file(folder, name, data)
-        for name, layout in layouts.items():
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os_failures(self.path):
-                descriptor = os.open(folder / name, flags, 0o666)
-            try:
-                file = NotedFile(descriptor, folder / name, layout)
-            except BaseException:
-                os.close(descriptor)
-                raise
-            self._files.append(file)
-            self._home.update(dict.fromkeys(layout.begin, file))
+    def _begin(self, layout: FileLayout, place: Path, descriptor: int) -> None:
+        try:
+            file = NotedFile(descriptor, place, layout)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._files.append(file)
+        self._home.update(dict.fromkeys(layout.begin, file))
 
     def _file_of(self, name: str) -> NotedFile:
         return self._home[name]

@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import Protocol
 
 from sketchconv.formats import staging
-from sketchconv.formats.draft import Draft, Layout, Results, bundle_layout, bundle_size
-from sketchconv.formats.part import Data, Part, allocated, check_space, os_failures
+from sketchconv.formats.draft import Draft, Results, bundle_layout, bundle_size
+from sketchconv.formats.part import Data, Part, os_failures
 from sketchconv.formats.sharding import folder_files, folder_layouts, folder_sizes
 from sketchconv.formats.shared import Parts
+from sketchconv.formats.staged_folder import staged_files
 
 __all__ = [
     "BundleWriter",
@@ -216,24 +217,11 @@ class FolderWriter(_Base):
         staging.check_target(self.path, folder=True, overwrite=overwrite)
         self._lock = staging.open_folder(self.path, keep=layouts if resume else ())
         try:
-            self._stage(layouts, others)
+            for layout, place, fd in staged_files(self.path, layouts, others):
+                self._begin(Part(fd, place, layout))
         except BaseException:
             self.abort()
             raise
-
-    def _stage(self, layouts: Mapping[str, Layout], others: Mapping[str, bytes]) -> None:
-        folder = staging.staging_path(self.path)
-        needed = sum(x.size for x in layouts.values()) + sum(map(len, others.values()))
-        there = [folder / name for name in layouts if (folder / name).exists()]
-        needed = max(needed - sum(allocated(path.stat()) for path in there), 0)
-        check_space(folder, needed, self.path)
-        for name, data in others.items():
-            staging.write_file(folder, name, data)
-        for name, layout in layouts.items():
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os_failures(self.path):
-                fd = os.open(folder / name, flags, 0o666)
-            self._begin(Part(fd, folder / name, layout))
 
     def _finish(self, results: Results) -> None:
         super()._finish(results)

@@ -6,6 +6,7 @@ of threads nor on how the rows were cut into chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from sketchconv.kernels.threads import for_spans
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+Span = Callable[..., None]  # a compiled loop over rows or columns `begin` to `end`
 LANES = 16
 
 
@@ -113,16 +115,7 @@ def squared_matvec(weight: F32, x: F64, *, threads: int | None = None) -> F64:
     Raises:
         ValueError: the columns differ.
     """
-    rows, columns = weight.shape
-    if x.shape != (columns,):
-        raise ValueError(f"x has shape {x.shape}, the weight has {columns} columns")
-    source = np.ascontiguousarray(weight, np.float32)
-    vector = np.ascontiguousarray(x, np.float64)
-    out = np.empty(rows, np.float64)
-    for_spans(
-        lambda b, e: _squared_matvec_span(source, vector, out, b, e), rows, source.size, threads
-    )
-    return out
+    return _of_rows(_squared_matvec_span, weight, x, threads)
 
 
 def matvec(weight: F32, x: F64, *, threads: int | None = None) -> F64:
@@ -139,13 +132,18 @@ def matvec(weight: F32, x: F64, *, threads: int | None = None) -> F64:
     Raises:
         ValueError: the columns differ.
     """
+    return _of_rows(_matvec_span, weight, x, threads)
+
+
+def _of_rows(span: Span, weight: F32, x: F64, threads: int | None) -> F64:
+    """What `span` makes of each row and `x`, float64 ``[rows]``."""
     rows, columns = weight.shape
     if x.shape != (columns,):
         raise ValueError(f"x has shape {x.shape}, the weight has {columns} columns")
     source = np.ascontiguousarray(weight, np.float32)
     vector = np.ascontiguousarray(x, np.float64)
     out = np.empty(rows, np.float64)
-    for_spans(lambda b, e: _matvec_span(source, vector, out, b, e), rows, source.size, threads)
+    for_spans(lambda b, e: span(source, vector, out, b, e), rows, source.size, threads)
     return out
 
 
@@ -162,11 +160,7 @@ def accumulate_column_squares(weight: F32, out: F64, *, threads: int | None = No
     Raises:
         ValueError: the columns differ, or `out` is not a contiguous float64 array.
     """
-    columns = weight.shape[1]
-    if out.shape != (columns,) or out.dtype != np.float64 or not out.flags.c_contiguous:
-        raise ValueError(f"out must be contiguous float64 of shape ({columns},)")
-    source = np.ascontiguousarray(weight, np.float32)
-    for_spans(lambda b, e: _column_squares_span(source, out, b, e), columns, source.size, threads)
+    _into_columns(_column_squares_span, weight, out, threads)
 
 
 def accumulate_column_sums(weight: F32, out: F64, *, threads: int | None = None) -> None:
@@ -182,11 +176,16 @@ def accumulate_column_sums(weight: F32, out: F64, *, threads: int | None = None)
     Raises:
         ValueError: the columns differ, or `out` is not a contiguous float64 array.
     """
+    _into_columns(_column_sums_span, weight, out, threads)
+
+
+def _into_columns(span: Span, weight: F32, out: F64, threads: int | None) -> None:
+    """Add what `span` makes of each column to `out`."""
     columns = weight.shape[1]
     if out.shape != (columns,) or out.dtype != np.float64 or not out.flags.c_contiguous:
         raise ValueError(f"out must be contiguous float64 of shape ({columns},)")
     source = np.ascontiguousarray(weight, np.float32)
-    for_spans(lambda b, e: _column_sums_span(source, out, b, e), columns, source.size, threads)
+    for_spans(lambda b, e: span(source, out, b, e), columns, source.size, threads)
 
 
 def nonfinite_rows(weight: F32, *, threads: int | None = None) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sketchconv.errors import ArchitectureError
 from sketchconv.formats.tensors import TensorInfo
+from sketchconv.positions import longest_text
 from sketchconv.skeleton import build_skeleton, candidate_classes
 from sketchconv.sources.config import refuse_quantized
 from sketchconv.sources.forms import expanded
@@ -43,6 +44,7 @@ class ModelMap:
         unsupported: tensors of merged modules, of fused experts that `unfold` does not know, and of
             linear modules with a forward of their own: not sketched; with parameter counts.
         extra: tensors that the model does not have, such as old buffers; they can be dropped.
+        longest: tokens of the longest text that it is made for; None: no limit.
     """
 
     linears: tuple[str, ...]
@@ -57,6 +59,7 @@ class ModelMap:
     extra: tuple[str, ...]
     stacked: Mapping[str, int] = field(default_factory=dict)
     experts: Mapping[str, str] = field(default_factory=dict)
+    longest: int | None = None
 
 
 def map_model(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> ModelMap:
@@ -130,6 +133,7 @@ def _map(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> ModelMap:
         extra=names.extra,
         stacked=stacked,
         experts=experts_of_weights(model, names.plain),
+        longest=longest_text(model),
     )
 
 

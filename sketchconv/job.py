@@ -124,6 +124,7 @@ def prepare(
         _check_output(output, source, force=force)
         config = source.config()
         model = map_model(config, source.infos)
+        calibration = calibration and calibration.within(model.longest)
         ready = ready_records(source)
         check_ready(source, model, recipe, calibration)
         ties = equal_ties(source, model)

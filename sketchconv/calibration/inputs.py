@@ -20,7 +20,7 @@ from sketchconv.calibration.windows import (
     text_windows,
 )
 from sketchconv.errors import CalibrationError
-from sketchconv.evaluation.limits import model_positions
+from sketchconv.positions import longest_text, model_positions
 
 # The recovery measures itself on one window in eight.
 _WITH_HELD_OUT = 8 / 7
@@ -51,12 +51,13 @@ def make_windows(options: Calibration, weights: Weights, recover: int, own: OwnT
         raise CalibrationError(
             f"method {options.method} needs a text: --calibration FILE.txt, FILE.jsonl or self"
         )
-    _check_positions(options.seq_len, weights)
+    options = options.within(longest_text(weights.model))
+    _check_positions(options.length, weights)
     tokenizer = load_tokenizer(weights.source)
     count = len(options.texts)
     needed = -(-options.windows // count)
     fresh = math.ceil(recover * _WITH_HELD_OUT)
-    wanted = needed + math.ceil(fresh / options.seq_len / count)
+    wanted = needed + math.ceil(fresh / options.length / count)
     shares = [
         _windows(text, options, weights, tokenizer, (needed, wanted), own) for text in options.texts
     ]
@@ -106,19 +107,19 @@ def _windows(
 ) -> TextWindows:
     rows, (needed, wanted) = _vocabulary(weights), count
     if text == SELF:
-        asked = {"windows": wanted, "seq_len": options.seq_len, "seed": options.seed}
+        asked = {"windows": wanted, "seq_len": options.length, "seed": options.seed}
         written = own.windows(
             asked, lambda tick: _self_written(options, weights, tokenizer, wanted, tick)
         )
         check_vocabulary(written, rows, text)
         # Sequences of SHORT tokens are what the model wrote, each with its own beginning.
         rest = written[needed:] if wanted > needed else written
-        return TextWindows(written[:needed], pieces(rest, min(SHORT, options.seq_len)))
+        return TextWindows(written[:needed], pieces(rest, min(SHORT, options.length)))
     return text_windows(
         text,
         tokenizer,
         count,
-        options.seq_len,
+        options.length,
         seed=options.seed,
         vocabulary=rows,
         strict=options.tokens is not None,
@@ -146,7 +147,7 @@ def _self_written(
     weights.fill("")
     try:
         return self_written(
-            *(weights.model, tokenizer, windows * options.seq_len, options.seq_len, options.seed),
+            *(weights.model, tokenizer, windows * options.length, options.length, options.seed),
             progress=tick,
         )
     finally:

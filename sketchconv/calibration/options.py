@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ MAX_RECOVERED_BITS = 3
 # 16,384 tokens of the validation split, 0.192 from 65,536 and 0.181 from 131,072; from 65,536 and
 # then recovered on 16,384 tokens 0.185, on 32,768 0.180 and on 65,536 0.176.
 DEFAULT_TOKENS = 65_536
+DEFAULT_SEQ_LEN = 1024
 DEFAULT_RECOVERY_TOKENS = 32_768
 
 
@@ -33,7 +35,7 @@ class Calibration:
             for methods that need no data.
         tokens: tokens whose activations are gathered, rounded up to whole windows; None takes
             65,536, or fewer where the texts have no more.
-        seq_len: tokens per window.
+        seq_len: tokens per window; None takes 1024, or as many as the model is made for.
         seed: decides which windows of the text are taken, and what the model writes.
         method: name of a method, see `sketchconv.calibration.methods`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
@@ -44,7 +46,7 @@ class Calibration:
 
     text: str | Path | tuple[str | Path, ...] | None = None
     tokens: int | None = None
-    seq_len: int = 1024
+    seq_len: int | None = None
     seed: int = 0
     method: str = "sketch"
     device: str = "auto"
@@ -54,7 +56,7 @@ class Calibration:
     def __post_init__(self) -> None:
         for field, low in (("tokens", 1), ("seq_len", 2), ("seed", 0)):
             value = getattr(self, field)
-            if value is None and field == "tokens":
+            if value is None and field != "seed":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise RecipeError(
@@ -77,9 +79,23 @@ class Calibration:
         return tuple(str(text) for text in several)
 
     @property
+    def length(self) -> int:
+        """Tokens per window, once `within` has seen the model."""
+        return self.seq_len or DEFAULT_SEQ_LEN
+
+    def within(self, longest: int | None) -> Calibration:
+        """The same with the windows' length decided; one that was asked for stays as it is.
+
+        Args:
+            longest: tokens of the longest text that the model is made for; None: no limit.
+        """
+        fitting = DEFAULT_SEQ_LEN if longest is None else min(DEFAULT_SEQ_LEN, longest)
+        return dataclasses.replace(self, seq_len=self.seq_len or fitting)
+
+    @property
     def windows(self) -> int:
         """Windows whose activations are gathered: so many, or without `tokens` at most."""
-        return -(-(self.tokens or DEFAULT_TOKENS) // self.seq_len)
+        return -(-(self.tokens or DEFAULT_TOKENS) // self.length)
 
     def recovery_tokens(self, steps: Iterable[Step]) -> int:
         """Tokens to recover on: as asked for, or by default some at 3 bits and below.
@@ -94,12 +110,12 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the sketch's document; files by name only, never by path."""
-        tokens = self.windows * self.seq_len if self.texts else 0
+        tokens = self.windows * self.length if self.texts else 0
         return {
             "method": self.method,
             "texts": [Path(text).name if Path(text).suffix else text for text in self.texts],
             "tokens": tokens if self.tokens is not None else f"at most {tokens}",
-            "seq_len": self.seq_len,
+            "seq_len": self.length,
             "seed": self.seed,
         }
 

@@ -41,7 +41,11 @@ _NORMS = {
     help="Weigh columns by what TUNED makes of a .txt or .jsonl file, or of 'self' (its own text).",
 )
 @click.option("--tokens", type=click.IntRange(1), help="Calibration tokens. [default: 65536]")
-@click.option("--seq-len", type=click.IntRange(2), help="Tokens per window. [default: 1024]")
+@click.option(
+    "--seq-len",
+    type=click.IntRange(2),
+    help="Tokens per window. [default: 1024, or fewer if the model takes no more]",
+)
 @click.option("--seed", type=click.IntRange(0), help="Of the choice of windows. [default: 0]")
 @click.option("--device", help="Of the calibration: auto, cpu, cuda or cuda:n. [default: auto]")
 @click.option(

@@ -49,7 +49,11 @@ _OPTIONS: Final = (
     click.option(
         "--tokens", type=_COUNT, help="Calibration tokens. [default: 65536, if there are]"
     ),
-    click.option("--seq-len", type=click.IntRange(2), help="Tokens per window. [default: 1024]"),
+    click.option(
+        "--seq-len",
+        type=click.IntRange(2),
+        help="Tokens per window. [default: 1024, or fewer if the model takes no more]",
+    ),
     click.option("--seed", type=click.IntRange(0), help="Of the choice of windows. [default: 0]"),
     click.option(
         "--method", help="rtn, kmeans, gptq, leanquant or sketch. [default with a text: sketch]"

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from sketchconv.errors import EvaluationError
 from sketchconv.evaluation.choices import ChoiceScore, Question, answer_questions
-from sketchconv.evaluation.limits import fitted, trained_positions
+from sketchconv.evaluation.limits import fitted
 from sketchconv.evaluation.network import Network
 from sketchconv.evaluation.opening import common_tokenizer, open_network, resolve
 from sketchconv.evaluation.reference import Reference
 from sketchconv.evaluation.ruler import Measured, Ruler, Text
 from sketchconv.evaluation.scores import TextScore
 from sketchconv.evaluation.windows import Cut, cut_windows, opening_tokens
+from sketchconv.positions import trained_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

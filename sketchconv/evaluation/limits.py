@@ -5,32 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from sketchconv.errors import EvaluationError
+from sketchconv.positions import trained_positions
 
 if TYPE_CHECKING:
     from sketchconv.evaluation.network import Network
     from sketchconv.evaluation.ruler import Text
     from sketchconv.evaluation.windows import Cut
-
-
-def model_positions(model: Any) -> int | None:
-    """How many positions a model of transformers has; None where it sets no limit.
-
-    Rotary angles are computed for any position: beyond `trained_positions` such a model is worse,
-    but runs, and where its angles are scaled the config may name the number before that.
-    """
-    if any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
-        return None
-    most = trained_positions(model.config)
-    for name, module in model.named_modules():
-        rows, padding = (getattr(module, key, None) for key in ("num_embeddings", "padding_idx"))
-        if "position" in name and rows is not None and padding is not None:
-            most = rows - padding - 1  # RoBERTa's start behind it
-    return most
 
 
 def check_windows(network: Network, texts: Iterable[Text]) -> None:
@@ -98,13 +83,6 @@ def _check_tokens(network: Network, ids: Sequence[Tensor], what: str) -> None:
             f"{what}: token {largest}, but {network.name} has an embedding of "
             f"{network.vocabulary} rows; the tokenizer belongs to another model"
         )
-
-
-def trained_positions(config: Any) -> int | None:
-    """How many positions a config of transformers names; None where it names none."""
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    # XLNet says -1: no limit.
-    return most if isinstance(most, int) and most > 0 else None
 
 
 def _stored_positions(path: Path) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sketchconv.errors import EvaluationError
-from sketchconv.evaluation.limits import model_positions
+from sketchconv.positions import model_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

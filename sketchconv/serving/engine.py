@@ -46,6 +46,7 @@ class Engine:
         self._concurrent = concurrent if fits(DynamicCache(config=model.config)) else 1
         self._queue = queue
         self._waiting: deque[Job] = deque()
+        self._joining: list[Job] = []  # their prompts are being read
         self._running: list[Job] = []
         self._rows: Rows | None = None
         self._bell = threading.Condition()
@@ -89,7 +90,8 @@ class Engine:
             if not self.alive:
                 raise Problem(503, "the server is stopping")
             self._waiting = deque(one for one in self._waiting if not one.cancelled)
-            if len(self._running) + len(self._waiting) >= self._concurrent + self._queue:
+            taken = len(self._running) + len(self._joining) + len(self._waiting)
+            if taken >= self._concurrent + self._queue:
                 raise Problem(429, "too many requests are waiting; try again later")
 
     def cancel(self, job: Job) -> None:
@@ -119,7 +121,8 @@ class Engine:
         self._give_up([*self._running, *self._waiting], Problem(503, "the server is stopping"))
 
     def _give_up(self, jobs: list[Job], problem: Problem) -> None:
-        self._running, self._rows = [], None
+        with self._bell:
+            self._joining, self._running, self._rows = [], [], None
         for job in jobs:
             job.fail(problem)
 
@@ -135,7 +138,8 @@ class Engine:
                 self._bell.wait()
             room = self._concurrent - len(live(self._running))
             count = together((len(job.prompt) for job in self._waiting), room)
-            return [self._waiting.popleft() for _ in range(count)]
+            self._joining = [self._waiting.popleft() for _ in range(count)]
+            return self._joining
 
     def _turn(self, new: list[Job]) -> None:
         """Drop who left, give each running answer a token, and read the prompts of who is new."""
@@ -173,7 +177,8 @@ class Engine:
         for job, row in zip(jobs, logits, strict=True):
             job.take(pick(row, job.sampling, job.random), self._ends)
         self._rows = rows if self._rows is None else self._rows.join(rows)
-        self._running = [*self._running, *jobs]
+        with self._bell:  # so that none is counted twice, or not at all
+            self._joining, self._running = [], [*self._running, *jobs]
 
     def _forward(self, ids: Tensor, rows: Rows, positions: Tensor, jobs: list[Job]) -> Tensor:
         """Logits of the last position, ``[jobs, vocabulary]``."""

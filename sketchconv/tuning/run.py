@@ -17,8 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from sketchconv.deltas import create
 from sketchconv.deltas.making import plain_task
 from sketchconv.errors import EvaluationError, TuningError
-from sketchconv.evaluation.limits import model_positions
 from sketchconv.evaluation.network import Network
+from sketchconv.positions import model_positions
 from sketchconv.runtime.load import load, load_tokenizer
 from sketchconv.tuning.arguments import arguments, first_process, model_dtype
 from sketchconv.tuning.callbacks import Reporter

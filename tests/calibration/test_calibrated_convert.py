@@ -23,6 +23,13 @@ from sketchconv.job import prepare
 from sketchconv.memory import anonymous_bytes
 from sketchconv.recipe import Override, Recipe, SketchSpec
 
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -336,6 +343,23 @@ def test_windows_longer_than_learned_positions_are_refused(saved, text, tmp_path
     with pytest.raises(CalibrationError, match="positions for 128"):
         convert(source, tmp_path / "tiny.sktch", text, seq_len=256)
     assert not (tmp_path / "tiny.sktch").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "longest"),
+    [
+        ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}, 96),
+        ("RobertaForMaskedLM", {**TINY, "max_position_embeddings": 66}, 64),
+        ("LlamaForCausalLM", {**TINY, "max_position_embeddings": 80}, 80),
+    ],
+)
+def test_windows_are_as_long_as_the_model_is_made_for(
+    saved, text, tmp_path, kind, changes, longest
+):
+    out = tmp_path / "tiny.sktch"
+    convert(saved(kind, **changes), out, text, method="gptq", seq_len=None)
+    with SktchModel.open(out) as model:
+        assert model.manifest.recipe["calibration"]["seq_len"] == longest
 
 
 def test_windows_longer_than_the_context_of_a_rotary_model(llama, text, tmp_path):

@@ -11,12 +11,12 @@ import torch
 
 from sketchconv.errors import EvaluationError
 from sketchconv.evaluation import network as network_module
-from sketchconv.evaluation.limits import model_positions
 from sketchconv.evaluation.network import Network
 from sketchconv.evaluation.reference import Reference
 from sketchconv.evaluation.ruler import Ruler, Text
 from sketchconv.evaluation.scores import score
 from sketchconv.evaluation.windows import Cut, cut_windows
+from sketchconv.positions import model_positions
 
 CAPPED = {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0}
 
