@@ -42,13 +42,17 @@ def with_two(model, luts, part=1):
 def test_each_sample_has_what_it_has_alone(model, luts, ids, part, count):
     with_two(model, luts, part)
     ids = ids[:, :count]
+    # Float32 sums in another order: width * 2**-24 of their size (Higham 2002, section 3.1) in each
+    # of the products that follow one another, four in a layer and the head's.
+    width = max(model.config.hidden_size, model.config.intermediate_size)
+    error = (4 * model.config.num_hidden_layers + 1) * width * 2.0**-24
     with torch.no_grad():
         mixed = model(ids, adapter_names=NAMES).logits
         assert model.active_adapters() == ["two"]
         for number, name in enumerate(NAMES):
             row = ids[number : number + 1]
             single = alone(model, name, lambda row=row: model(row).logits)
-            assert torch.allclose(mixed[number], single[0], atol=2e-6)
+            assert (mixed[number] - single[0]).abs().max() <= error * single.abs().max()
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -247,10 +247,8 @@ def test_an_interrupt_is_heard_and_keeps_what_is_finished(llama, tmp_path, numbe
             assert child.poll() is None, child.stderr.read()
             time.sleep(0.01)
         child.send_signal(number)
-        started = time.monotonic()
         rest = child.stderr.read()
-        assert child.wait(timeout=30) == 75, rest
-        assert time.monotonic() - started < 30
+        assert child.wait() == 75, rest  # 0, had it been heard at the end
     assert "Interrupted" in rest
     assert "run the same command again" in rest
     assert "Traceback" not in rest

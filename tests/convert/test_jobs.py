@@ -57,7 +57,7 @@ def running(pid):
         return False
 
 
-def gone(pids, seconds=10.0):
+def gone(pids, seconds=60.0):
     """Whether all processes end in time."""
     until = time.monotonic() + seconds
     while any(map(running, pids)) and time.monotonic() < until:

@@ -152,11 +152,16 @@ def test_a_failing_step_gives_up_its_answers_and_nothing_else(service, alone, mo
     assert finished(events).split() == alone("one", "w5 w6 w7", 8).split()
 
 
-def test_closing_ends_what_runs_and_refuses_more(service):
+def test_closing_ends_what_runs_and_refuses_more(service, monkeypatch):
     made = service()
+    gate = held(made.engine, monkeypatch, 4)  # so that it cannot be complete by then
     _, events = submit(made, sampling=ENDLESS)
     events.get(timeout=60)
-    made.engine.close()
+    closing = threading.Thread(target=made.engine.close)
+    closing.start()
+    assert settled(lambda: not made.engine.alive)
+    gate.set()
+    closing.join()
     with pytest.raises(Problem, match="stopping"):
         finished(events)
     with pytest.raises(Problem, match="stopping"):

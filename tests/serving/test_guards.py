@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import socket
+import threading
 
 import pytest
 from click.testing import CliRunner
@@ -117,10 +118,18 @@ def test_a_client_that_leaves_within_its_body_is_no_error(app):
 
 def test_a_full_queue_refuses_before_there_is_work(service, monkeypatch):
     made = service(concurrent=1, queue=0)
+    forward, begun, gate = made.engine._forward, threading.Event(), threading.Event()
+
+    def held(*args):
+        begun.set()
+        assert gate.wait(60)
+        return forward(*args)
+
+    monkeypatch.setattr(made.engine, "_forward", held)
     events = queue.Queue()
     job = made.job(wanted("w5"), events.put)
     made.engine.submit(job)
-    events.get(timeout=60)
+    assert begun.wait(60)  # its prompt is being read, and it is not among those that run
 
     def tokenize(*_args, **_options):
         raise RuntimeError("a prompt was read for nothing")
@@ -131,6 +140,7 @@ def test_a_full_queue_refuses_before_there_is_work(service, monkeypatch):
             made.job(wanted(prompt, messages), events.put)
         assert refused.value.status == 429
     made.engine.cancel(job)
+    gate.set()
 
 
 def test_prompts_have_a_limit_where_the_model_has_none(service):
