@@ -28,18 +28,20 @@ from dithered import dense_model, other_domain
 from peers import PEERS, apply
 
 AFFINE = ("rtn", "gptq")
-# name -> method, calibration text ("" for the one given), what LUTs are trained by afterwards
-METHODS = {
-    "free": (None, None, None),
-    "rtn": ("rtn", None, None),
-    "kmeans": ("kmeans", None, None),
-    "gptq": ("gptq", "", None),
-    "leanquant": ("leanquant", "", None),
-    "sketch": ("sketch", "", None),
-    "sketch+blocks": ("sketch", "", "blocks"),
-    "sketch+recover": ("sketch", "", "model"),
-    "self": ("sketch", "self", None),
-    "self+recover": ("sketch", "self", "model"),
+GIVEN = ""
+# name -> method, calibration texts, what LUTs are trained by afterwards
+METHODS: dict[str, tuple[str | None, tuple[str, ...], str | None]] = {
+    "free": (None, (), None),
+    "rtn": ("rtn", (), None),
+    "kmeans": ("kmeans", (), None),
+    "gptq": ("gptq", (GIVEN,), None),
+    "leanquant": ("leanquant", (GIVEN,), None),
+    "sketch": ("sketch", (GIVEN,), None),
+    "sketch+blocks": ("sketch", (GIVEN,), "blocks"),
+    "sketch+recover": ("sketch", (GIVEN,), "model"),
+    "self": ("sketch", ("self",), None),
+    "self+recover": ("sketch", ("self",), "model"),
+    "mixed+recover": ("sketch", (GIVEN, "self"), "model"),
 }
 
 
@@ -154,14 +156,14 @@ class Bench:
         return f"{find_machine().cpu}, {torch.get_num_threads()} threads"
 
     def _calibration(self, row: Row) -> Any:
-        method, text, recover_by = METHODS[row.name]
+        method, texts, recover_by = METHODS[row.name]
         if method is None:
             return None
         from sketchconv.calibration.options import Calibration
 
         o = self.options
         return Calibration(
-            o.calibration if text == "" else text,
+            tuple(text or str(o.calibration) for text in texts) or None,
             tokens=o.tokens,
             seq_len=o.seq_len,
             seed=o.seed,

@@ -24,6 +24,8 @@ NAMES = {
     "free": "ours without data",
     "sketch+blocks": "ours, LUTs trained block by block",
     "sketch+recover": "**ours, calibrated, LUTs trained**",
+    "self+recover": "the same, on text of the model's own",
+    "mixed+recover": "the same, on half of each",
 }
 PEERS = {
     "nf4": "bitsandbytes NF4 in 64s",
