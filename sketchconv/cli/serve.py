@@ -41,6 +41,9 @@ def _deltas(_ctx: Any, _param: Any, given: tuple[str, ...]) -> dict[str, str]:
               help="Tokens of an answer at most.")  # fmt: skip
 @click.option("--max-prompt", type=click.IntRange(1), default=8192, show_default=True,
               help="Tokens of a prompt at most, within the model's positions.")  # fmt: skip
+@click.option("--allow-host", "allowed", metavar="NAME", multiple=True,
+              help="Another host that requests may name, such as a proxy's; repeat for more. All "
+              "others are refused then, at any address.")  # fmt: skip
 @click.option("--api-key-env", metavar="VARIABLE",
               help="Environment variable with the key that clients must send.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
@@ -76,7 +79,7 @@ def command(
         )
     run.serve(service, place, key, lambda url: click.echo(
         f"Serving {', '.join(service.adapters)} on {url}/v1 (Ctrl-C ends it)", err=True
-    ), host)  # fmt: skip
+    ), run.hosts_of(place, host, options["allowed"]))  # fmt: skip
 
 
 def _key(variable: str | None) -> str | None:

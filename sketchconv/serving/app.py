@@ -19,6 +19,7 @@ from sketchconv.serving.wanted import Wanted
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+BODY_SECONDS = 60  # that a request's body may take to arrive
 WATCH_SECONDS = 0.2  # how often a request without a stream is asked whether its client is there
 
 GONE = 499  # status where nobody reads the answer any more, as nginx has it
@@ -162,18 +163,17 @@ class _Api:
             self._service.engine.cancel(job)
 
     async def _body(self, request: Any) -> Any:
-        """The body as JSON, read no further than the limit."""
+        """The body as JSON, read no further and no longer than the limits."""
         from starlette.requests import ClientDisconnect
 
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # also keeps out forms that other web sites may send
             raise Problem(415, "the content type must be application/json")
-        data, most = b"", self._service.limits.body
+        reading = _read(request, self._service.limits.body)
         try:
-            async for chunk in request.stream():
-                data += chunk
-                if len(data) > most:
-                    raise Problem(413, f"the body is larger than {most} bytes")
+            data = await asyncio.wait_for(reading, BODY_SECONDS)
+        except asyncio.TimeoutError as error:
+            raise Problem(408, f"the body took longer than {BODY_SECONDS} seconds") from error
         except ClientDisconnect as error:
             raise Problem(GONE, "the client has gone") from error
         try:
@@ -189,6 +189,20 @@ class _Api:
         given = request.headers.get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self._key}".encode()):
             raise Problem(401, "the API key is missing or wrong", code="invalid_api_key")
+
+
+async def _read(request: Any, most: int) -> bytes:
+    """A body of so many bytes at most.
+
+    Raises:
+        Problem: it is larger.
+    """
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > most:
+            raise Problem(413, f"the body is larger than {most} bytes")
+    return bytes(data)
 
 
 async def _collect(request: Any, events: asyncio.Queue[Event], reply: Reply) -> dict[str, Any]:

@@ -45,7 +45,12 @@ class OnlyHosts:
 def _host(scope: Any) -> str:
     """The host of a request, without its port."""
     given: bytes = dict(scope["headers"]).get(b"host", b"")
-    return re.sub(r":[0-9]*$", "", given.decode("latin-1").lower())
+    return plain_host(given.decode("latin-1"))
+
+
+def plain_host(given: str) -> str:
+    """A host as it is compared: in lower case, without a port; IPv6 must be in brackets."""
+    return re.sub(r":[0-9]*$", "", given.lower())
 
 
 def bracketed(address: str) -> str:

@@ -6,12 +6,12 @@ import importlib.util
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sketchconv.errors import ServingError
-from sketchconv.serving.hosts import LOCAL, bracketed
+from sketchconv.serving.hosts import LOCAL, bracketed, plain_host
 from sketchconv.serving.service import Limits, Service
 
 GRACE_SECONDS = 10  # that answers under way have after a signal
@@ -110,18 +110,16 @@ def serve(
     place: socket.socket,
     key: str | None,
     ready: Callable[[str], None],
-    host: str = "localhost",
+    hosts: frozenset[str] | None,
 ) -> None:
     """Answer requests until SIGINT or SIGTERM; answers under way have `GRACE_SECONDS` then.
-
-    At a loopback address only requests to `localhost`, 127.0.0.1, [::1] and `host` are answered.
 
     Args:
         service: what is served; its engine is closed at the end.
         place: a listening socket.
         key: what clients must send; None for nothing.
         ready: called with the URL once requests are taken.
-        host: the name or the address that the socket was bound to.
+        hosts: whose requests are answered, see `hosts_of`; None for all.
 
     Raises:
         ServingError: the key cannot be sent in a header.
@@ -139,7 +137,7 @@ def serve(
             ready(url(place))
 
     config = uvicorn.Config(
-        make_app(service, key, _hosts(place, host)),
+        make_app(service, key, hosts),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
@@ -153,12 +151,19 @@ def serve(
         service.engine.close()
 
 
-def _hosts(place: socket.socket, host: str) -> frozenset[str] | None:
-    """The hosts that a socket answers for; None for all, where other machines reach it."""
+def hosts_of(place: socket.socket, host: str, allowed: Sequence[str] = ()) -> frozenset[str] | None:
+    """The hosts that requests to a socket may name; None for any.
+
+    Args:
+        place: where it listens. Any host will do where other machines reach it and none is allowed.
+        host: the name or the address that it was bound to.
+        allowed: more names and addresses, such as that of a proxy; ports are not looked at.
+    """
     address = place.getsockname()[0]
-    if not is_loopback(address):
+    if not allowed and not is_loopback(address):
         return None
-    return frozenset({*LOCAL, bracketed(address), bracketed(host.lower())})
+    own = (bracketed(address), bracketed(host.lower()))
+    return frozenset({*LOCAL, *own, *map(plain_host, allowed)})
 
 
 def url(place: socket.socket) -> str:

@@ -55,7 +55,7 @@ def asked(url, **more):
 
 def test_a_server_answers_notices_who_leaves_and_ends_on_a_signal(talker, alone):
     options = ("--delta", f"one={talker['one']}", "--delta", f"two={talker['two']}")
-    with server(talker["base"], *options) as (child, url):
+    with server(talker["base"], *options, "--allow-host", "Proxy.example") as (child, url):
         assert url.startswith("http://127.0.0.1:")
         with urllib.request.urlopen(asked(url, max_tokens=8)) as answer:
             text = json.load(answer)["choices"][0]["text"]
@@ -65,6 +65,10 @@ def test_a_server_answers_notices_who_leaves_and_ends_on_a_signal(talker, alone)
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(foreign)
         assert refused.value.code == 403
+        by_proxy = asked(url, max_tokens=1)
+        by_proxy.add_header("Host", "proxy.example")
+        with urllib.request.urlopen(by_proxy) as answer:
+            assert answer.status == 200
         stream = urllib.request.urlopen(asked(url, stream=True))
         assert stream.readline().startswith(b"data: ")
         stream.close()

@@ -60,18 +60,20 @@ def test_hosts_of_this_machine_are_answered_and_no_others(app, port):
 
 def test_hosts_are_those_of_the_address():
     with run.listen("127.0.0.1", 0) as place:
-        assert run._hosts(place, "My.Name") == {*LOCAL, "my.name"}
+        assert run.hosts_of(place, "My.Name") == {*LOCAL, "my.name"}
     with run.listen("127.0.0.1", 0) as place:
-        assert run._hosts(place, "localhost") == set(LOCAL)
+        assert run.hosts_of(place, "localhost") == set(LOCAL)
     with run.listen("0.0.0.0", 0) as place:
-        assert run._hosts(place, "0.0.0.0") is None
+        assert run.hosts_of(place, "0.0.0.0") is None
+        allowed = run.hosts_of(place, "0.0.0.0", ["Proxy.example:443"])
+        assert allowed == {*LOCAL, "0.0.0.0", "proxy.example"}
     if socket.has_ipv6:
         try:
             place = run.listen("::1", 0)
         except ServingError:
             return
         with place:
-            assert run._hosts(place, "::1") == set(LOCAL)
+            assert run.hosts_of(place, "::1") == set(LOCAL)
 
 
 @pytest.mark.parametrize("key", ["hémlich", "hidden\n", " hidden", "hid\tden"])
@@ -92,7 +94,8 @@ def test_usual_keys_may_be():
         run.check_key(key)
 
 
-def test_a_client_that_leaves_within_its_body_is_no_error(app):
+def half_sent(app, then):
+    """The status of a request whose body begins; what comes next is up to `then`."""
     path = "/v1/completions"
     scope = {
         "type": "http", "method": "POST", "path": path, "query_string": b"", "http_version": "1.1",
@@ -100,20 +103,33 @@ def test_a_client_that_leaves_within_its_body_is_no_error(app):
         "scheme": "http", "server": ("t", 80), "client": ("c", 1), "root_path": "",
         "raw_path": path.encode(),
     }  # fmt: skip
-    messages = [
-        {"type": "http.request", "body": b"{", "more_body": True},
-        {"type": "http.disconnect"},
-    ]
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}]
     sent = []
 
     async def receive():
-        return messages.pop(0)
+        return messages.pop(0) if messages else await then()
 
     async def send(message):
         sent.append(message)
 
-    asyncio.run(app[0](scope, receive, send))  # what it raises would be a traceback in the log
-    assert sent[0]["status"] == 499
+    asyncio.run(app(scope, receive, send))  # what it raises would be a traceback in the log
+    return sent[0]["status"]
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error(app):
+    async def leaves():
+        return {"type": "http.disconnect"}
+
+    assert half_sent(app[0], leaves) == 499
+
+
+def test_a_body_that_does_not_end_is_given_up(app, monkeypatch):
+    monkeypatch.setattr("sketchconv.serving.app.BODY_SECONDS", 0.05)
+
+    async def stays():
+        await asyncio.Event().wait()
+
+    assert half_sent(app[0], stays) == 408
 
 
 def test_a_full_queue_refuses_before_there_is_work(service, monkeypatch):
