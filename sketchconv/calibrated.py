@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sketchconv.calibration.run import Calibrated, Tick, calibrate, torch_threads
-from sketchconv.calibration.state import forget, state_folder
-from sketchconv.errors import OutputError, Suspended
+from sketchconv.calibration.state import OWN_TEXT, forget, state_folder
+from sketchconv.errors import CalibrationError, OutputError, Suspended
 from sketchconv.pipeline import write
 from sketchconv.worker import Progress, Worker
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sketchconv.calibration.report import RecoveryReport
     from sketchconv.job import Job
     from sketchconv.pipeline import ProgressCallback
     from sketchconv.report import Report
 
 _DRAFT = "draft.sktch"
-_KEPT = (
-    "finished blocks are kept: run the same command again to go on, or with --no-resume to start "
-    "anew"
-)
+_GO_ON = "run the same command again to go on, or with --no-resume to start anew"
 
 
 def run_calibrated(
@@ -45,7 +45,7 @@ def run_calibrated(
     Raises:
         SketchconvError: as `convert`; an `OutputError` before the calibration where the disk is too
             small for its result.
-        Suspended: interrupted, with finished blocks on the disk.
+        Suspended: interrupted, with finished work on the disk.
     """
     if not resume:
         forget(job.output)
@@ -53,13 +53,13 @@ def run_calibrated(
         check_disk(job)
         return _run(job, started, threads, progress)
     except KeyboardInterrupt:
-        if not state_folder(job.output).exists():
+        if (kept := _kept(job.output)) is None:
             raise
-        raise Suspended(_KEPT) from None
+        raise Suspended(kept) from None
     except OutputError as error:
-        if not state_folder(job.output).exists():
+        if (kept := _kept(job.output)) is None:
             raise
-        raise OutputError(f"{error}; {_KEPT}") from error
+        raise OutputError(f"{error}; {kept}") from error
 
 
 def _run(
@@ -80,6 +80,20 @@ def _run(
         write(worker, writer, progress)
     calibrated.state.remove()
     return worker.report(time.perf_counter() - started, report)
+
+
+def _kept(output: Path) -> str | None:
+    """What the next run goes on with, in words; without anything the state is dropped."""
+    folder = state_folder(output)
+    if blocks := len(list(folder.glob("block-*.safetensors"))):
+        what = f"{blocks} finished block{'s are' if blocks > 1 else ' is'} kept"
+    elif (folder / OWN_TEXT).exists():
+        what = "the text that the model wrote is kept"
+    else:
+        with suppress(CalibrationError):  # a folder of someone else's
+            forget(output)
+        return None
+    return f"{what}: {_GO_ON}"
 
 
 def check_disk(job: Job) -> None:

@@ -1,4 +1,4 @@
-"""How long a text a model can be shown, and how long a one it is made for."""
+"""How long a text a model can be shown, and how long one it is made for."""
 
 from __future__ import annotations
 

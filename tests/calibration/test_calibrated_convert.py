@@ -338,6 +338,30 @@ def test_exact_and_a_method_of_its_own_do_not_go_together(llama, tmp_path, calib
         )
 
 
+@pytest.mark.parametrize(
+    ("texts", "begun", "kept"),
+    [
+        ("file", "embedding", None),
+        ("file", "block 2/", "1 finished block is kept"),
+        ("self", "embedding", "the text that the model wrote is kept"),
+    ],
+)
+def test_an_interrupt_says_what_is_kept(llama, text, tmp_path, texts, begun, kept):
+    def stop(progress):
+        if progress.name.startswith(begun):
+            raise KeyboardInterrupt
+
+    out = tmp_path / "tiny.sktch"
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        convert(llama, out, text if texts == "file" else "self", progress=stop)
+    if kept is None:
+        assert type(stopped.value) is KeyboardInterrupt
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert str(stopped.value).startswith(f"{kept}: run the same command again")
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny.sktch.calibration"]
+
+
 def test_windows_longer_than_learned_positions_are_refused(saved, text, tmp_path):
     source = saved("GPT2LMHeadModel", n_embd=32, n_layer=2, n_head=4, n_positions=128)
     with pytest.raises(CalibrationError, match="positions for 128"):
